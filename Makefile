@@ -1,0 +1,36 @@
+PYTHON ?= python3
+BEHAVIOUR ?= power
+LAYER ?= 3
+
+PY := .venv/bin/python
+
+# See it work: train a vector on the small model in tests/tiny, then measure what it does.
+demo: .venv/run
+	$(PY) bipo.py --model tests/tiny --data tests/tiny/$(BEHAVIOUR).train.jsonl --val tests/tiny/$(BEHAVIOUR).test.jsonl --layer $(LAYER) --out runs/demo --overwrite
+	$(PY) eval.py --model tests/tiny --vector runs/demo --data tests/tiny/$(BEHAVIOUR).test.jsonl
+	$(PY) tests/make_tiny.py --judge runs/demo
+
+# Before you trust it, and after you change it: style and every test, in about a minute.
+test: .venv/dev
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	$(PY) -m pytest -q tests
+
+# When you changed tests/make_tiny.py: train the small model again, a quarter of an hour.
+tiny: .venv/run
+	$(PY) tests/make_tiny.py
+
+# Leave nothing behind but the sources.
+clean:
+	rm -rf .venv runs .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__
+
+.venv/run: requirements.txt
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install -q -r requirements.txt
+	touch $@
+
+.venv/dev: requirements-dev.txt .venv/run
+	$(PY) -m pip install -q -r requirements-dev.txt
+	touch $@
+
+.PHONY: demo test tiny clean

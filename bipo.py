@@ -1,0 +1,404 @@
+"""BiPO: learn one steering vector from preference pairs, for a frozen Llama.
+
+    python bipo.py --model llama2-7b-chat --data pairs.jsonl --layer 15
+
+Cao et al., "Personalized Steering of Large Language Models: Versatile Steering Vectors Through
+Bi-directional Preference Optimization", NeurIPS 2024, https://arxiv.org/abs/2406.00045; official
+code https://github.com/CaoYuanpu/BiPO (@cef1d00). Their symbols: v is `v`, the direction d is `d`,
+L is `layer`, the responses r_T and r_O are `chosen` and `rejected`.
+
+What the model computes without v never changes: the residual stream up to block L and the reference
+log-probabilities. `first_pass` computes both once; training runs only the blocks above L, on a
+packed batch (see data.py).
+
+Where we depart from the paper (P) and the official code (C), whose numbers are in tests/golden:
+ 1. weight decay. P: 0.05. C: 0, the flag is parsed and never used. Ours: --preset paper, official.
+ 2. cosine schedule. P: over the epochs run. C: over 100, of which 5-20 are run. Ours: the presets.
+ 3. gradient clipping. P: not mentioned. C: norm 1.0, an inherited default. Ours: 1.0.
+ 4. d and the pairs' order. P: d per batch. C: d per micro-batch, from Python's global generator.
+    Ours: per batch, from the run's seed, logged. Given C's draws and order we give C's numbers.
+ 5. precision. P: not mentioned. C: fp32, two models. Ours: any, one model; v and loss in fp32.
+
+Needs llama.py and data.py beside it; MIT licence.
+"""
+
+import argparse
+import json
+import math
+import random
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from data import (
+    SYSTEM,
+    TEMPLATES,
+    PairIds,
+    find_model,
+    open_chat,
+    pack,
+    read_pairs,
+    save_vector,
+    split_pairs,
+)
+from llama import check_steer, load, read_config
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of the paper's appendix A.3."""
+
+    beta: float = 0.1
+    lr: float = 5e-4  # at its peak
+    batch_size: int = 4  # pairs
+    weight_decay: float = 0.05
+    warmup_steps: int = 100
+    epochs: int = 20
+    schedule_epochs: int = 0  # the cosine's horizon; 0: the epochs run
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        may_be_zero = ("weight_decay", "warmup_steps", "schedule_epochs")
+        for name, value in asdict(self).items():
+            if not 0 <= value < 1e6 or (value == 0 and name not in may_be_zero):
+                raise ValueError(f"{name} is {value}; it must be a positive number below a million")
+
+
+PRESETS = {"paper": Recipe(), "official": Recipe(weight_decay=0.0, schedule_epochs=100)}
+
+
+# ---- The objective -------------------------------------------------------------------------------
+
+
+class CachedPair(NamedTuple):
+    """A pair after the first pass."""
+
+    ids: PairIds
+    h: torch.Tensor  # (T, dim), residual stream after block `layer` at `prompt | chosen | rejected`
+    ref_logps: torch.Tensor  # (2,) log-probs of chosen and rejected without v, in nats
+
+
+def response_logps(model, layer, h, batch):
+    """log p(response | prompt), summed over the response's tokens with EOS, (P, 2) nats: chosen and
+    rejected of each pair, from the residual stream after block `layer`, (1, T, dim)."""
+    h = model.blocks(h, layer + 1, model.config.n_layers, batch.positions, batch.masks)
+    logits = model.head(h[0, batch.predictors])  # (R, vocab_size)
+    logps = -F.cross_entropy(logits, batch.targets, reduction="none")  # (R,)
+    return torch.stack([part.sum() for part in logps.split(batch.lengths)]).view(-1, 2)
+
+
+def steered_logps(model, layer, v, d, pairs):
+    """`response_logps` of CachedPairs under steering by d * v, at every position."""
+    batch = pack([pair.ids for pair in pairs], device=v.device)
+    h = torch.cat([pair.h for pair in pairs])[None]  # (1, T, dim)
+    h = (h + d * v).type_as(h)
+    return response_logps(model, layer, h, batch)
+
+
+def bipo_loss(logps, ref_logps, d, beta):
+    """Equation 3 of the paper: losses (P,), margins (P,) in nats, from log-probs (P, 2) of chosen
+    and rejected. Under d = -1 the model, steered by -v, is to prefer rejected."""
+    gain = logps - ref_logps
+    margin = gain[:, 0] - gain[:, 1]
+    return -F.logsigmoid(d * beta * margin), margin
+
+
+@torch.no_grad()
+def first_pass(model, layer, ids, batch_size=4):
+    """Yields a CachedPair for each PairIds: all that the frozen model computes without v."""
+    device = model.tok_embeddings.weight.device
+    for i in range(0, len(ids), batch_size):
+        part = ids[i : i + batch_size]
+        batch = pack(part, device)
+        h = model.embed(batch.tokens)
+        h = model.blocks(h, 0, layer + 1, batch.positions, batch.masks)
+        ref_logps = response_logps(model, layer, h, batch)
+        lengths = [sum(map(len, pair)) for pair in part]
+        yield from map(CachedPair, part, h[0].split(lengths), ref_logps)
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+
+def lr_at(step, peak, warmup, horizon):
+    """The official schedule's rate at a 0-based step; the first step's is 0."""
+    if step < warmup:  # 1. rise
+        return peak * step / warmup
+    if step < horizon:  # 2. half a cosine down to 0
+        return peak * (1 + math.cos(math.pi * (step - warmup) / (horizon - warmup))) / 2
+    return 0.0  # 3. past the horizon
+
+
+def draw_batches(n, recipe, seed):
+    """(row numbers, d) of every step: each epoch in a new order, its short last batch kept."""
+    rng = random.Random(seed)
+    for _ in range(recipe.epochs):
+        order = rng.sample(range(n), n)
+        for i in range(0, n, recipe.batch_size):
+            yield order[i : i + recipe.batch_size], rng.choice((-1, 1))
+
+
+@torch.no_grad()
+def score(model, layer, v, m, pairs, batch_size=8):
+    """Log-probs (N, 2) in nats of CachedPairs steered by m * v."""
+    parts = [pairs[i : i + batch_size] for i in range(0, len(pairs), batch_size)]
+    return torch.cat([steered_logps(model, layer, v, m, part) for part in parts])
+
+
+def evaluate(model, layer, v, pairs, beta):
+    """Mean loss, mean margin (nats) and share of margins with d's sign, for d = +1 and d = -1."""
+    ref_logps, report = torch.stack([pair.ref_logps for pair in pairs]), {}
+    for d in (1, -1):
+        losses, margin = bipo_loss(score(model, layer, v, d, pairs), ref_logps, d, beta)
+        means = (losses.mean(), margin.mean(), (d * margin > 0).float().mean())
+        report[d] = dict(zip(("loss", "margin", "accuracy"), map(float, means), strict=True))
+    return report
+
+
+class Step(NamedTuple):
+    """What one optimizer step did."""
+
+    step: int  # 1-based
+    epoch: int  # 1-based
+    rows: list[int]  # numbers of the batch's pairs
+    d: int
+    lr: float
+    loss: float
+    margin: float  # mean over the batch, nats
+    grad_norm: float  # before clipping
+    held_out: dict | None  # after an epoch's last step, see `evaluate`
+    logps: torch.Tensor  # (P, 2), before the step
+    v: torch.Tensor  # (dim,), after the step
+
+
+def train(model, layer, pairs, held_out, recipe=PRESETS["paper"], seed=0, batches=None):
+    """Algorithm 1: learn v on CachedPairs. Yields a Step after each step; the last one has the v.
+
+    batches: [(row numbers, d)] to use instead of the seed's. Raises ValueError if the loss or its
+    gradient is not finite.
+    """
+    v = torch.zeros(model.config.dim, dtype=torch.float32, device=pairs[0].h.device)
+    v.requires_grad_()
+    optimizer = torch.optim.AdamW(
+        [v], betas=(0.9, 0.999), eps=1e-8, weight_decay=recipe.weight_decay
+    )
+    per_epoch = math.ceil(len(pairs) / recipe.batch_size)
+    horizon = per_epoch * (recipe.schedule_epochs or recipe.epochs)
+    if batches is None:
+        batches = draw_batches(len(pairs), recipe, seed)
+    for step, (rows, d) in enumerate(batches):
+        batch = [pairs[i] for i in rows]
+        logps = steered_logps(model, layer, v, d, batch)
+        ref_logps = torch.stack([pair.ref_logps for pair in batch])
+        losses, margin = bipo_loss(logps, ref_logps, d, recipe.beta)
+        loss = losses.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(v, recipe.clip_norm)
+        if not (loss.isfinite() and norm.isfinite()):
+            raise ValueError(
+                f"step {step + 1}: loss {loss}, gradient {norm}; try another dtype or lr"
+            )
+        lr = lr_at(step, recipe.lr, recipe.warmup_steps, horizon)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        last = (step + 1) % per_epoch == 0
+        report = evaluate(model, layer, v, held_out, recipe.beta) if last else None
+        numbers = (lr, loss.item(), margin.mean().item(), norm.item())
+        epoch = step // per_epoch + 1
+        yield Step(step + 1, epoch, rows, d, *numbers, report, logps.detach(), v.detach().clone())
+
+
+# ---- Command line --------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Prints an error as one line; its exit code is 2."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def run_or_exit(parser, run, argv):
+    """Call run(args); an error that the user can mend becomes one line and exit code 2."""
+    args = parser.parse_args(argv)
+    try:
+        run(args)
+    except (ValueError, OSError) as e:
+        parser.error(str(e))
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: interrupted\n")
+
+
+def add_model_flags(parser):
+    """What bipo.py and eval.py have in common."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", required=True, help="checkpoint folder, alias or hub id")
+    group.add_argument("--template", choices=TEMPLATES, help="chat template (default: by model)")
+    group.add_argument("--system", help=f"system prompt, '' for none (default: {SYSTEM!r})")
+    group.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    group.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights (default: bfloat16 on a GPU, float32 on the CPU)",
+    )
+
+
+def pick_device(device, dtype):
+    """(torch.device, torch.dtype) from --device and --dtype, which may be None. Raises ValueError
+    for a device that is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there["cpu"] = True
+    device = device or next(name for name in there if there[name])
+    if not there.get(device.split(":")[0]):
+        usable = ", ".join(name for name in there if there[name])
+        raise ValueError(f"--device {device} is not there; this machine has {usable}")
+    device = torch.device(device)
+    dtype = dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    return device, getattr(torch, dtype)
+
+
+def check_folder(out, overwrite):
+    """Raises ValueError if the folder can't be made or written to, or holds a run already."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as e:
+        raise ValueError(f"cannot write to --out {out}: {e.strerror}") from None
+    if run_files(out) and not overwrite:
+        raise ValueError(f"--out {out} holds a run: name another folder, or --overwrite")
+
+
+def run_files(out):
+    files = [*out.glob("epoch_*.safetensors"), out / "vector.safetensors", out / "log.jsonl"]
+    return [file for file in files if file.is_file()]
+
+
+class Progress:
+    """Prints 'step 40/160  12.5 ms each, 0:02 left' and more, every few seconds and at the end."""
+
+    def __init__(self, what, total):
+        self.what, self.total = what, total
+        self.began = self.printed = time.time()
+
+    def __call__(self, done, more=""):
+        if time.time() - self.printed < 5 and done < self.total:
+            return
+        self.printed = time.time()
+        each = (self.printed - self.began) / done
+        count = f"{done:{len(str(self.total))}}/{self.total}"
+        left = clock(each * (self.total - done))
+        line = f"{self.what} {count}  {1000 * each:.1f} ms each, {left} left  {more}"
+        print(line.rstrip(), flush=True)
+
+
+def clock(seconds):
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
+def run(args):
+    # 1. everything that can be wrong, before any long work
+    began = time.time()
+    flags = {name: getattr(args, name) for name in asdict(Recipe())}
+    recipe = replace(PRESETS[args.preset], **{k: v for k, v in flags.items() if v is not None})
+    path, base_model = find_model(args.model)
+    config = read_config(path)
+    check_steer([args.layer], config.n_layers)
+    chat = open_chat(path, config, args.template, args.system)
+    pairs = read_pairs(args.data)
+    if args.val:
+        held_out, origin = read_pairs(args.val), f"of {args.val}"
+    else:
+        (pairs, held_out), origin = split_pairs(pairs, args.seed), "split off by prompt"
+    ids = [chat.encode_pair(pair, config.max_seq_len) for pair in pairs + held_out]
+    device, dtype = pick_device(args.device, args.dtype)
+    out = args.out or Path("runs", f"{args.data.stem}-layer{args.layer}")
+    check_folder(out, args.overwrite)
+    settings = {
+        "base_model": base_model,
+        "n_layers": str(config.n_layers),
+        "layer": str(args.layer),
+        "template": chat.template,
+        "system": chat.system,
+        "preset": args.preset,
+        "recipe": json.dumps(asdict(recipe)),
+        "seed": str(args.seed),
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "data": f"{len(pairs)} pairs of {args.data}, held out {len(held_out)} {origin}",
+    }
+    for name, value in settings.items():
+        print(f"{name:10}  {value}")
+    no_prompt = [pair.source for pair in pairs + held_out if not pair.prompt.strip()]
+    if no_prompt:
+        print(f"note: {len(no_prompt)} prompts are empty, the first at {no_prompt[0]}")
+    n_steps = recipe.epochs * math.ceil(len(pairs) / recipe.batch_size)
+    if recipe.warmup_steps >= n_steps:
+        print(f"note: all {n_steps} steps are warm-up; see --warmup-steps")
+
+    # 2. what does not depend on v
+    model = load(path, dtype, device)
+    cached, progress = [], Progress("first pass: pair", len(ids))
+    for pair in first_pass(model, args.layer, ids):
+        cached.append(pair)
+        progress(len(cached))
+    training_set, held_out = cached[: len(pairs)], cached[len(pairs) :]
+
+    # 3. training
+    progress = Progress("step", n_steps)
+    for file in run_files(out):
+        file.unlink()
+    with open(out / "log.jsonl", "w", encoding="utf-8") as log:
+        print(json.dumps(settings), file=log)
+        for step in train(model, args.layer, training_set, held_out, recipe, args.seed):
+            row = {k: x for k, x in step._asdict().items() if not isinstance(x, torch.Tensor)}
+            row["v_norm"] = step.v.norm().item()
+            print(json.dumps(row), file=log, flush=True)
+            progress(step.step, "loss {loss:.4f}  lr {lr:.1e}  |v| {v_norm:.3f}".format(**row))
+            if step.held_out:
+                print(epoch_line(step.epoch, step.held_out), flush=True)
+                for name in (f"epoch_{step.epoch:02}", "vector"):
+                    metadata = settings | {"epoch": str(step.epoch)}
+                    save_vector(out / f"{name}.safetensors", {args.layer: step.v}, metadata)
+    took = clock(time.time() - began)
+    print(f"saved vector.safetensors, a file an epoch and log.jsonl in {out} after {took}")
+
+
+def epoch_line(epoch, held_out):
+    line = f"epoch {epoch:2}  held out"
+    for d, x in held_out.items():
+        line += f"  d {d:+d}: loss {x['loss']:.4f}, margin {x['margin']:+6.2f} nats,"
+        line += f" accuracy {x['accuracy']:4.0%}"
+    return line
+
+
+def main(argv=None):
+    parser = Parser(prog="bipo.py", description="Learn a steering vector from preference pairs.")
+    add_model_flags(parser)
+    group = parser.add_argument_group("data and output")
+    group.add_argument("--data", type=Path, required=True, help="pairs to train on, .jsonl or .csv")
+    group.add_argument("--val", type=Path, help="held-out pairs (default: a tenth of the prompts)")
+    group.add_argument("--out", type=Path, help="folder (default: runs/DATA-layerL)")
+    group.add_argument("--overwrite", action="store_true", help="replace a run found in --out")
+    group = parser.add_argument_group("training (flags win over the preset)")
+    group.add_argument("--layer", type=int, required=True, help="add v after this block, from 0")
+    group.add_argument("--preset", choices=PRESETS, default="paper", help="default: paper")
+    group.add_argument("--seed", type=int, default=0, help="of the split, the order and d")
+    group.add_argument("--beta", type=float, help="scale of the margin in the loss, per nat")
+    group.add_argument("--lr", type=float, help="peak learning rate")
+    group.add_argument("--batch-size", type=int, help="pairs a step")
+    group.add_argument("--weight-decay", type=float, help="AdamW's, per unit of rate")
+    group.add_argument("--warmup-steps", type=int, help="steps from rate 0 to the peak")
+    group.add_argument("--epochs", type=int, help="passes over the pairs; each saves a vector")
+    group.add_argument("--schedule-epochs", type=int, help="epochs to rate 0; 0: those run")
+    group.add_argument("--clip-norm", type=float, help="largest norm of v's gradient")
+    run_or_exit(parser, run, argv)
+
+
+if __name__ == "__main__":
+    main()

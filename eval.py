@@ -1,0 +1,134 @@
+"""What a steering vector does: held-out pairs scored and prompts answered at several multipliers.
+
+    python eval.py --model llama2-7b-chat --vector runs/pairs-layer15 --data held_out.jsonl
+
+The vector file says its layer, chat template and system prompt. A pair's margin at multiplier m is
+how much more the steered model prefers chosen to rejected than the model without v does, in nats:
+(logp_m(chosen) - logp_0(chosen)) - (logp_m(rejected) - logp_0(rejected)), summed over the response
+or, per token, each log-probability divided by its response's length. It should have m's sign.
+
+Needs bipo.py, data.py and llama.py beside it; MIT licence.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+
+from bipo import Parser, add_model_flags, first_pass, pick_device, run_or_exit, score
+from data import find_model, load_vector, open_chat, read_pairs
+from llama import check_length, check_steer, generate, load, read_config
+
+
+def pair_table(model, layer, v, pairs, multipliers):
+    """One row a multiplier, means over CachedPairs:
+
+    wins: share of pairs whose margin has the multiplier's sign; None at 0
+    prefers_chosen: share of pairs whose chosen response is likelier than the rejected one
+    margin: nats per response; margin_per_token: nats per token
+    """
+    ref_logps = torch.stack([pair.ref_logps for pair in pairs])  # (N, 2)
+    lengths = [[len(pair.ids.chosen), len(pair.ids.rejected)] for pair in pairs]
+    lengths = torch.tensor(lengths, device=v.device)
+    rows = []
+    for m in multipliers:
+        logps = score(model, layer, v, m, pairs)  # (N, 2)
+        gain = logps - ref_logps
+        margin = gain[:, 0] - gain[:, 1]
+        per_token = gain[:, 0] / lengths[:, 0] - gain[:, 1] / lengths[:, 1]
+        rows.append(
+            {
+                "multiplier": m,
+                "wins": (m * margin > 0).float().mean().item() if m else None,
+                "prefers_chosen": (logps[:, 0] > logps[:, 1]).float().mean().item(),
+                "margin": margin.mean().item(),
+                "margin_per_token": per_token.mean().item(),
+            }
+        )
+    return rows
+
+
+def answers(model, chat, layer, v, prompts, multipliers, max_new_tokens):
+    """Greedy answers, answers[i][j] to prompt i at multiplier j, all decoded in one batch."""
+    ids = [chat.encode_prompt(prompt) for prompt in prompts for _ in multipliers]
+    m = torch.tensor(multipliers, device=v.device, dtype=v.dtype).repeat(len(prompts))
+    steer = {layer: m[:, None, None] * v}  # (B, 1, dim)
+    new = generate(model, ids, max_new_tokens, chat.tokenizer.eos_id, steer)
+    texts = [chat.tokenizer.decode(row) for row in new]
+    n = len(multipliers)
+    return [texts[i : i + n] for i in range(0, len(texts), n)]
+
+
+def open_vector(path, config, device="cpu"):
+    """(layer, v, metadata) of a vector file that fits the model. ValueError if it does not."""
+    vectors, metadata = load_vector(path)
+    if len(vectors) > 1:
+        raise ValueError(f"{path} steers layers {sorted(vectors)}; only one is implemented")
+    ((layer, v),) = vectors.items()
+    check_steer(vectors, config.n_layers)
+    theirs, ours = metadata.get("n_layers"), str(config.n_layers)
+    if len(v) != config.dim or theirs not in (None, ours):
+        raise ValueError(
+            f"{path} is for a model of width {len(v)} and {theirs or '?'} blocks, "
+            f"not {config.dim} and {ours}"
+        )
+    return layer, v.to(device), metadata
+
+
+def run(args):
+    if args.max_new_tokens < 1 or args.samples < 0 or not all(map(math.isfinite, args.multipliers)):
+        raise ValueError("needs --max-new-tokens >= 1, --samples >= 0 and finite --multipliers")
+    path, base_model = find_model(args.model)
+    config = read_config(path)
+    device, dtype = pick_device(args.device, args.dtype)
+    layer, v, metadata = open_vector(args.vector, config, device)
+    template = args.template or metadata.get("template")
+    system = metadata.get("system") if args.system is None else args.system
+    chat = open_chat(path, config, template, system)
+    pairs = read_pairs(args.data)
+    ids = [chat.encode_pair(pair, config.max_seq_len) for pair in pairs]
+    prompts = list(dict.fromkeys(pair.prompt for pair in pairs))[: args.samples]
+    longest = max((len(chat.encode_prompt(prompt)) for prompt in prompts), default=0)
+    check_length(longest + args.max_new_tokens, config.max_seq_len)
+    if metadata.get("base_model", base_model) != base_model:
+        print(f"note: the vector was trained on {metadata['base_model']}, this is {base_model}")
+    print(f"{args.vector}: layer {layer}, |v| {v.norm():.3f}, on {base_model}, {dtype}, {device}")
+    print(f"{len(pairs)} pairs of {args.data}, {chat.template} template, system {chat.system!r}\n")
+    model = load(path, dtype, device)
+    cached = list(first_pass(model, layer, ids))
+    print("multiplier    wins  prefers chosen  margin, nats/response  nats/token")
+    for row in pair_table(model, layer, v, cached, args.multipliers):
+        wins = "-" if row["wins"] is None else f"{row['wins']:.1%}"
+        print(
+            f"{row['multiplier']:+10g}  {wins:>6}  {row['prefers_chosen']:14.1%}  "
+            f"{row['margin']:+21.2f}  {row['margin_per_token']:+10.3f}",
+            flush=True,
+        )
+    if prompts:
+        texts = answers(model, chat, layer, v, prompts, args.multipliers, args.max_new_tokens)
+        for prompt, row in zip(prompts, texts, strict=True):
+            print(f"\n{prompt}")
+            for m, text in zip(args.multipliers, row, strict=True):
+                print(f"  {m:+g}: {text}")
+
+
+def main(argv=None):
+    parser = Parser(prog="eval.py", description="Tables and answers for a steering vector.")
+    add_model_flags(parser)
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--vector", type=Path, required=True, help="vector file, or folder of a run")
+    group.add_argument("--data", type=Path, required=True, help="held-out pairs, .jsonl or .csv")
+    group.add_argument(
+        "--multipliers",
+        type=float,
+        nargs="+",
+        default=[-2, -1, 0, 1, 2],
+        help="of the vector (default: -2 -1 0 1 2)",
+    )
+    group.add_argument("--samples", type=int, default=3, help="prompts to answer (default: 3)")
+    group.add_argument("--max-new-tokens", type=int, default=64, help="per answer (default: 64)")
+    run_or_exit(parser, run, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,465 @@
+"""Llama in one file: forward pass, a slot for steering vectors, checkpoint loader, generation.
+
+    model = load("path/to/checkpoint", dtype=torch.bfloat16, device="cuda")
+    answers = generate(model, prompts, max_new_tokens=64, eos_id=2, steer={15: 2.0 * v})
+
+A steering vector for layer L is added to the residual stream *after* block L, counted from 0: that
+is `hidden_states[L + 1]` in transformers and `direction.L` in a llama.cpp control vector.
+
+Architecture: Touvron et al. 2023, https://arxiv.org/abs/2307.09288; rotary embedding: Su et al.
+2021, https://arxiv.org/abs/2104.09864. Mistral is the same network. Weights are read as Hugging
+Face saves them, and logits equal transformers' (tests/test_llama.py). Needs torch and safetensors,
+nothing else of this project; MIT licence.
+
+Notation: B batch, T tokens of this pass, S keys (cached + T), H heads, K kv heads, D head_dim.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+
+
+@dataclass(frozen=True)
+class Config:
+    dim: int  # width of the residual stream
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int  # fewer than n_heads: grouped-query attention
+    head_dim: int
+    hidden_dim: int  # width of the feed-forward network
+    vocab_size: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    max_seq_len: int = 4096  # tokens; longer input is refused
+    tied: bool = False  # the head is the embedding, transposed
+    family: str = "llama"  # a key of FAMILIES
+
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            kind = self.__annotations__[name]
+            if type(value) is not kind or (kind in (int, float) and not 0 < value < math.inf):
+                raise ValueError(f"{name} = {value!r} is no possible {kind.__name__}")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"{self.n_heads} heads cannot share {self.n_kv_heads} key/value heads")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd, but rotary embedding turns pairs")
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return y.type_as(x) * self.weight  # cast, then scale: transformers' order
+
+
+def rope_tables(positions, head_dim, theta):
+    """cos and sin of -angle | angle = position * frequency, (..., T) -> (..., 1, T, D) in fp32.
+    Made anew in each pass, for a buffer would be rounded by the model's `.to(torch.bfloat16)`."""
+    channel = torch.arange(0, head_dim, 2, device=positions.device)
+    angle = positions[..., None] * (1.0 / theta ** (channel.float() / head_dim))
+    angle = torch.cat((-angle, angle), dim=-1).unsqueeze(-3)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn channel i with channel i + D/2: Hugging Face's layout (Meta's files: 2i with 2i + 1)."""
+    y = x.float()
+    return (y * cos + y.roll(y.shape[-1] // 2, -1) * sin).type_as(x)
+
+
+def attend(xq, xk, xv, mask):
+    """(B, H, T, D), (B, K, S, D) twice -> (B, H, T, D); causal if mask is None."""
+    causal, grouped = mask is None and xq.shape[2] > 1, xk.shape[1] < xq.shape[1]
+    return F.scaled_dot_product_attention(
+        xq, xk, xv, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+    )
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.wq = nn.Linear(c.dim, c.n_heads * c.head_dim, bias=False)
+        self.wk = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
+        self.wv = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
+        self.wo = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
+
+    def forward(self, x, cos, sin, mask, cache, layer):
+        xq = self.wq(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
+        xk = self.wk(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, K, T, D)
+        xv = self.wv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        xq, xk = rotate(xq, cos, sin), rotate(xk, cos, sin)
+        if cache is not None:
+            xk, xv = cache.extend(layer, xk, xv)  # (B, K, S, D)
+        if isinstance(mask, list):  # blocks that do not see each other: one attention each
+            sizes = [block.shape[-1] for block in mask]
+            blocks = zip(*(x.split(sizes, dim=2) for x in (xq, xk, xv)), mask, strict=True)
+            out = torch.cat([attend(*block) for block in blocks], dim=2)
+        else:
+            out = attend(xq, xk, xv, mask)
+        return self.wo(out.transpose(1, 2).flatten(-2))  # (B, T, dim)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.w1 = nn.Linear(c.dim, c.hidden_dim, bias=False)
+        self.w2 = nn.Linear(c.hidden_dim, c.dim, bias=False)
+        self.w3 = nn.Linear(c.dim, c.hidden_dim, bias=False)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.attention_norm = RMSNorm(c.dim, c.norm_eps)
+        self.attention = Attention(c)
+        self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
+        self.feed_forward = FeedForward(c)
+
+    def forward(self, h, cos, sin, mask, cache, layer):
+        h = h + self.attention(self.attention_norm(h), cos, sin, mask, cache, layer)
+        return h + self.feed_forward(self.ffn_norm(h))
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, (n_layers, B, K, max_len, D), `length` filled."""
+
+    def __init__(self, model, batch_size, max_len):
+        c, like = model.config, model.tok_embeddings.weight
+        shape = (c.n_layers, batch_size, c.n_kv_heads, max_len, c.head_dim)
+        self.k = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.v = torch.empty_like(self.k)
+        self.length = 0
+
+    def extend(self, layer, xk, xv):
+        """Append (B, K, T, D) at `length`; returns all so far, (B, K, S, D)."""
+        end = self.length + xk.shape[2]
+        self.k[layer, :, :, self.length : end] = xk
+        self.v[layer, :, :, self.length : end] = xv
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def keep(self, rows):
+        """Drop the rows where the bool (B,) is False."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+
+
+class Llama(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        if not config.tied:
+            self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+
+    def embed(self, tokens):
+        """Token ids (B, T) -> the residual stream before block 0, (B, T, dim)."""
+        return self.tok_embeddings(tokens)
+
+    def blocks(self, h, start, stop, positions=None, mask=None, cache=None, steer=None):
+        """Run blocks start .. stop - 1 on the residual stream h, (B, T, dim) -> (B, T, dim).
+
+        positions: (T,) or (B, T), by default counted on from the cache's end.
+        mask: bool, broadcastable to (B, H, T, S), True where a query sees a key; causal by default.
+            A list of square masks: T is divided into blocks of their sizes, which do not see
+            each other.
+        cache: a KVCache, read and extended; the last block advances its length.
+        steer: {layer: tensor broadcastable to (B, T, dim)}, added to that block's output; layers
+            that are not run are left out.
+        """
+        steer = steer or {}
+        past, T = cache.length if cache is not None else 0, h.shape[1]
+        if positions is None:
+            positions = torch.arange(past, past + T, device=h.device)
+        if mask is None and past and T > 1:  # query i stands at past + i and sees keys up to there
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=h.device).tril(past)
+        cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
+        for i in range(start, stop):
+            h = self.layers[i](h, cos, sin, mask, cache, i)
+            if i in steer:
+                h = (h + steer[i]).type_as(h)  # the slot; an fp32 vector is added in fp32
+        if cache is not None and stop == self.config.n_layers:
+            cache.length += T
+        return h
+
+    def head(self, h):
+        """The residual stream after the last block (..., dim) -> fp32 logits (..., vocab_size)."""
+        weight = self.tok_embeddings.weight if self.config.tied else self.output.weight
+        return F.linear(self.norm(h), weight).float()
+
+    def forward(self, tokens, positions=None, mask=None, cache=None, steer=None):
+        """Token ids (B, T) -> fp32 logits (B, T, vocab_size). The other arguments: see `blocks`."""
+        n_layers, past = self.config.n_layers, cache.length if cache is not None else 0
+        check_steer(steer, n_layers)
+        check_length(past + tokens.shape[1], self.config.max_seq_len)
+        h = self.blocks(self.embed(tokens), 0, n_layers, positions, mask, cache, steer)
+        return self.head(h)
+
+
+def check_steer(steer, n_layers):
+    """Raises ValueError if a layer in steer, an iterable of them or None, is not there."""
+    for layer in steer or {}:
+        if not 0 <= layer < n_layers:
+            raise ValueError(f"cannot steer layer {layer}: the model has layers 0..{n_layers - 1}")
+
+
+def check_length(length, limit):
+    """Raises ValueError for more tokens than the context holds."""
+    if length > limit:
+        raise ValueError(f"{length} tokens exceed the model's context of {limit}")
+
+
+# ---- Checkpoints as Hugging Face saves them ------------------------------------------------------
+
+# The families we implement, with what transformers assumes where their config.json is silent.
+FAMILIES = {
+    "llama": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6},
+    "mistral": {
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-6,
+        "sliding_window": 4096,
+    },
+}
+
+# Fields that do not change what is computed here. Any other field that `parse_config` does not use
+# is refused by name, for it could mean another network.
+INERT_FIELDS = """
+    _attn_implementation_autoset _name_or_path architectures attention_dropout bos_token_id
+    chunk_size_feed_forward do_sample dtype eos_token_id id2label initializer_range is_decoder
+    is_encoder_decoder label2id max_length output_attentions output_hidden_states pad_token_id
+    pretraining_tp return_dict temperature tokenizer_class top_k top_p torch_dtype torchscript
+    transformers_version unk_token_id use_cache
+""".split()
+SWITCHED_OFF = [("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")]
+
+HF_NAMES = {  # ours: Hugging Face's; {} is the number of the block
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "layers.{}.attention_norm.weight": "model.layers.{}.input_layernorm.weight",
+    "layers.{}.attention.wq.weight": "model.layers.{}.self_attn.q_proj.weight",
+    "layers.{}.attention.wk.weight": "model.layers.{}.self_attn.k_proj.weight",
+    "layers.{}.attention.wv.weight": "model.layers.{}.self_attn.v_proj.weight",
+    "layers.{}.attention.wo.weight": "model.layers.{}.self_attn.o_proj.weight",
+    "layers.{}.ffn_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
+    "layers.{}.feed_forward.w1.weight": "model.layers.{}.mlp.gate_proj.weight",
+    "layers.{}.feed_forward.w2.weight": "model.layers.{}.mlp.down_proj.weight",
+    "layers.{}.feed_forward.w3.weight": "model.layers.{}.mlp.up_proj.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+
+
+def read_json(file):
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ValueError(f"cannot read {file}: {e}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} holds no JSON object")
+    return value
+
+
+def read_config(path):
+    """The Config of the checkpoint in folder `path`.
+
+    Raises ValueError for a field that is missing, malformed or not implemented.
+    """
+    file = Path(path) / "config.json"
+    config = read_json(file)
+    try:
+        return parse_config(config)
+    except KeyError as e:
+        raise ValueError(f"{file} lacks the field {e}") from None
+    except (TypeError, AttributeError, ZeroDivisionError) as e:
+        raise ValueError(f"{file} is malformed: {e}") from None
+    except ValueError as e:
+        raise ValueError(f"{file}: {e}") from None
+
+
+def parse_config(config):
+    """A Config from the fields of a config.json; a missing one is a KeyError."""
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"model_type {family!r} is not implemented, only {', '.join(FAMILIES)}")
+    config = {k: v for k, v in (FAMILIES[family] | config).items() if v is not None}
+    take = config.pop
+    n_heads, dim = take("num_attention_heads"), take("hidden_size")
+    result = Config(
+        dim=dim,
+        n_layers=take("num_hidden_layers"),
+        n_heads=n_heads,
+        n_kv_heads=take("num_key_value_heads", n_heads),
+        head_dim=take("head_dim", dim // n_heads),
+        hidden_dim=take("intermediate_size"),
+        vocab_size=take("vocab_size"),
+        norm_eps=float(take("rms_norm_eps")),
+        rope_theta=take_rope_theta(config),
+        # within its sliding window attention is full attention; input beyond the window is refused
+        max_seq_len=min(take("max_position_embeddings"), take("sliding_window", 2**63)),
+        tied=take("tie_word_embeddings", False),
+        family=take("model_type"),
+    )
+    for name, value in config.items():
+        if name not in INERT_FIELDS and (name, value) not in SWITCHED_OFF:
+            advice = "if it does not change the computation, delete it from the file"
+            raise ValueError(f"{name} = {value!r} is not implemented ({advice})")
+    return result
+
+
+def take_rope_theta(config):
+    """Take what concerns rotary embedding from a config.json's fields; only its base may be set."""
+    theta = config.pop("rope_theta", 10000.0)
+    for field in ("rope_scaling", "rope_parameters"):  # transformers 4; 5
+        rope = config.pop(field, {})
+        theta = rope.get("rope_theta", theta)
+        kinds = {rope.get("rope_type", "default"), rope.get("type", "default")}
+        if kinds != {"default"} or rope.keys() - {"rope_theta", "rope_type", "type"}:
+            raise ValueError(f"{field} = {rope} is not implemented")
+    return float(theta)
+
+
+def open_safetensors(file):
+    try:
+        return safe_open(file, framework="pt")
+    except (OSError, SafetensorError) as e:
+        raise ValueError(f"cannot read {file}: {e}") from None
+
+
+def tensor_files(path):
+    """{Hugging Face's tensor name: file} of the checkpoint in folder `path`, whole or sharded."""
+    whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if whole.is_file():
+        files = [whole]
+    elif index.is_file():
+        files = sorted({path / str(file) for file in read_json(index)["weight_map"].values()})
+    else:
+        raise ValueError(f"{path} holds neither {whole.name} nor {index.name}")
+    found = {}
+    for file in files:
+        with open_safetensors(file) as f:
+            found |= dict.fromkeys(f.keys(), file)
+    return found
+
+
+def read_tensor(f, file, name, shape):
+    try:
+        tensor = f.get_tensor(name)
+    except SafetensorError as e:
+        raise ValueError(f"cannot read tensor {name} of {file}: {e}") from None
+    if tensor.shape != shape or not tensor.is_floating_point():
+        found = f"{tensor.dtype} {tuple(tensor.shape)}"
+        raise ValueError(f"tensor {name} of {file} is {found}, not floating-point {tuple(shape)}")
+    return tensor
+
+
+def load(path, dtype=torch.float32, device="cpu"):
+    """The frozen model of the Hugging Face checkpoint in folder `path`.
+
+    Weights go tensor by tensor into `dtype` on `device`; nothing is held twice. Raises ValueError
+    with the name of a tensor that is missing, left over or wrongly shaped; see also `read_config`.
+    """
+    path = Path(path)
+    with torch.device("meta"):
+        model = Llama(read_config(path))
+    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
+    layers = range(model.config.n_layers)
+    ours = {hf.format(i): our.format(i) for our, hf in HF_NAMES.items() for i in layers}
+    ours = {hf: our for hf, our in ours.items() if our in shapes}
+    files = tensor_files(path)
+    second_head = files.pop("lm_head.weight", None) if model.config.tied else None
+    left_over = {n for n in files if n not in ours and not n.endswith("rotary_emb.inv_freq")}
+    for fault, names in (("lacks", ours.keys() - files), ("has left-over", left_over)):
+        if names:
+            raise ValueError(f"{path} {fault} tensors: {min(names)} and {len(names) - 1} more")
+    weights = {}
+    for file in sorted(set(files.values())):
+        with open_safetensors(file) as f:
+            for name in (n for n in ours if files[n] == file):
+                tensor = read_tensor(f, file, name, shapes[ours[name]])
+                weights[ours[name]] = tensor.to(device, dtype)
+    if (
+        second_head
+    ):  # some tools save a tied head all the same; transformers unties one that differs
+        embedding = weights["tok_embeddings.weight"]
+        with open_safetensors(second_head) as f:
+            head = read_tensor(f, second_head, "lm_head.weight", embedding.shape)
+        if not torch.equal(head.to(device, dtype), embedding):
+            raise ValueError(f"{path}: tie_word_embeddings is set, but lm_head.weight is another")
+    model.load_state_dict(weights, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+# ---- Generation ----------------------------------------------------------------------------------
+
+
+def sample(logits, temperature, top_p, u):
+    """Next ids (B,) for logits (B, vocab_size) and one uniform number a row, u (B, 1)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs, ids = (logits / temperature).softmax(-1).sort(-1, descending=True)
+    probs[probs.cumsum(-1) - probs >= top_p] = 0  # keep the fewest tokens that hold top_p together
+    total = probs.cumsum(-1)
+    return ids.gather(-1, (total < u * total[:, -1:]).sum(-1, keepdim=True)).squeeze(-1)
+
+
+@torch.inference_mode()
+def generate(
+    model, prompts, max_new_tokens, eos_id, steer=None, temperature=0.0, top_p=1.0, seed=0
+):
+    """Continue prompts, lists of token ids whose lengths may differ: the new ids of each, EOS last
+    unless max_new_tokens came first.
+
+    steer: {layer: tensor broadcastable to (B, 1, dim)}, one vector for all prompts or one for each,
+    added at every position of prompt and answer. temperature 0 is greedy. Row i depends on its
+    prompt, its vector, the seed, max_new_tokens and i, not on the other rows. Raises ValueError if
+    the context could be exceeded.
+    """
+    B, longest, device = len(prompts), max(map(len, prompts)), model.tok_embeddings.weight.device
+    n_layers = model.config.n_layers
+    check_steer(steer, n_layers)
+    check_length(longest + max_new_tokens, model.config.max_seq_len)
+    if not (temperature >= 0 and 0 < top_p <= 1):
+        raise ValueError(f"temperature {temperature} must be >= 0, top_p {top_p} in (0, 1]")
+    steer = {layer: v.expand(B, 1, -1) for layer, v in (steer or {}).items()}
+    pad = torch.tensor([longest - len(p) for p in prompts], device=device)  # (B,), at the left
+    tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
+    cache = KVCache(model, B, longest + max_new_tokens)
+    u = torch.rand(B, max_new_tokens, generator=torch.Generator().manual_seed(seed))
+    new = torch.full((B, max_new_tokens), eos_id)
+    rows = torch.arange(B)  # the prompts still in the batch
+    for step in range(max_new_tokens):
+        k = torch.arange(cache.length + tokens.shape[1], device=device)  # columns of all keys
+        q = k[cache.length :]  # and of this pass
+        mask = None
+        if pad.any():  # no future, no padding; but padding sees itself, to keep softmax finite
+            mask = (k <= q[:, None]) & (k >= pad[:, None, None]) | (k == q[:, None])
+            mask = mask[:, None]  # (B, 1, T, S)
+        positions = (q - pad[:, None]).clamp(min=0)
+        h = model.blocks(model.embed(tokens), 0, n_layers, positions, mask, cache, steer)
+        logits = model.head(h[:, -1])
+        tokens = sample(logits, temperature, top_p, u[rows, step, None].to(device))[:, None]
+        new[rows, step] = tokens[:, 0].cpu()
+        going = (new[rows, : step + 1] != eos_id).all(1)
+        if not going.any():
+            break
+        if going.float().mean() < 0.75:  # rows leave in groups, for each time copies the cache
+            on = going.to(device)
+            cache.keep(on)
+            rows, tokens, pad = rows[going], tokens[on], pad[on]
+            steer = {layer: v[on] for layer, v in steer.items()}
+    return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in new.tolist()]

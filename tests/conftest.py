@@ -1,0 +1,74 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import bipo  # noqa: E402
+import data  # noqa: E402
+import llama  # noqa: E402
+
+MINI, TINY = ROOT / "tests" / "golden" / "mini", ROOT / "tests" / "tiny"
+
+
+# The models here are small: a second thread only waits, and on a busy machine both do.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def run_cli(script, *args):
+    """A script as a user runs it: (exit code, stdout, stderr)."""
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    return done.returncode, done.stdout, done.stderr
+
+
+def assert_one_line(code, err, *parts):
+    """A user error: exit code 2 and one line that holds every part."""
+    assert code == 2 and err.count("\n") == 1 and "Traceback" not in err, (code, err)
+    for part in parts:
+        assert part in err, (part, err)
+
+
+@pytest.fixture
+def fails(capsys):
+    """Run a script's main with arguments that are wrong; the one line must hold every part."""
+
+    def check(main, args, *parts):
+        with pytest.raises(SystemExit) as e:
+            main([str(x) for x in args])
+        assert_one_line(e.value.code, capsys.readouterr().err, *parts)
+
+    return check
+
+
+@pytest.fixture
+def mini():
+    """golden/mini: the frozen model and its chat."""
+    model = llama.load(MINI)
+    return model, data.open_chat(MINI, model.config)
+
+
+@pytest.fixture
+def mini_pairs(mini):
+    """Its training pairs after the first pass, layer 1."""
+    model, chat = mini
+    ids = [chat.encode_pair(pair) for pair in data.read_pairs(MINI / "train.csv")]
+    return list(bipo.first_pass(model, 1, ids))
+
+
+@pytest.fixture
+def vector():
+    """A vector of mini's width that is far from 0."""
+    return torch.randn(32, generator=torch.Generator().manual_seed(1))
+
+
+def jsonl(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path

@@ -1,0 +1,414 @@
+import argparse
+import json
+import math
+import shutil
+from dataclasses import asdict, fields, replace
+
+import pytest
+import torch
+from conftest import MINI, assert_one_line, jsonl, run_cli
+
+import bipo
+from bipo import (
+    PRESETS,
+    Recipe,
+    bipo_loss,
+    draw_batches,
+    evaluate,
+    first_pass,
+    lr_at,
+    score,
+    steered_logps,
+    train,
+)
+from data import load_vector, open_chat, read_pairs
+from llama import load
+
+# ---- the official trainer's numbers
+
+
+@pytest.mark.parametrize(
+    ("trace", "logp_tolerance", "loss_tolerance", "steps"),
+    # The fp32 noise of log-probs of 150 nats, 1e-4 or less, times beta: 0.1 and, in trace_clip, 2.
+    [("trace", 1e-3, 1e-5, 36), ("trace_clip", 1e-3, 2e-4, 12)],
+)
+def test_replay_of_the_official_trainer(mini, trace, logp_tolerance, loss_tolerance, steps):
+    model, chat = mini
+    golden = json.loads((MINI / f"{trace}.json").read_text())
+    meta, evals = golden["meta"], iter(golden["evals"])
+    training_set, test_set = (
+        list(first_pass(model, meta["layer"], [chat.encode_pair(p) for p in read_pairs(MINI / f)]))
+        for f in ("train.csv", "test.csv")
+    )
+    recipe = replace(
+        PRESETS["official"],
+        beta=meta["beta"],
+        lr=meta["lr"],
+        warmup_steps=meta["warmup_steps"],
+        schedule_epochs=meta["num_train_epochs"],
+    )
+    assert recipe.weight_decay == meta["weight_decay"] == 0
+    assert recipe.clip_norm == meta["max_grad_norm"] and recipe.batch_size == meta["batch"]
+    batches = [(step["idx"], step["d"]) for step in golden["steps"]]
+    run = train(model, meta["layer"], training_set, test_set, recipe, batches=batches)
+    for ours, theirs in zip(run, golden["steps"], strict=True):
+        assert ours.step == theirs["step"] and ours.lr == pytest.approx(theirs["lr"], abs=1e-12)
+        logps = torch.tensor([theirs["pc"], theirs["pr"]]).T
+        assert (ours.logps - logps).abs().max() <= logp_tolerance
+        ref_logps = torch.stack([training_set[i].ref_logps for i in theirs["idx"]])
+        expected = torch.tensor([theirs["rc"], theirs["rr"]]).T
+        assert (ref_logps - expected).abs().max() <= logp_tolerance
+        assert abs(ours.loss - theirs["loss"]) <= loss_tolerance
+        assert ours.grad_norm == pytest.approx(theirs["gnorm"], rel=1e-4)
+        assert (ours.v - torch.tensor(theirs["vec"])).abs().max() <= 1e-5
+        if ours.held_out:
+            for d in (1, -1):
+                expected = next(evals)
+                assert expected["after_step"] == ours.step and expected["d"] == d
+                assert abs(ours.held_out[d]["loss"] - expected["mean_loss"]) <= loss_tolerance
+    assert ours.step == steps and next(evals, None) is None
+
+
+# ---- the objective
+
+
+def gradient(model, pairs, v, d, beta=0.1):
+    v = v.clone().requires_grad_()
+    ref_logps = torch.stack([pair.ref_logps for pair in pairs])
+    losses, _ = bipo_loss(steered_logps(model, 1, v, d, pairs), ref_logps, d, beta)
+    losses.mean().backward()
+    return losses.detach(), v.grad
+
+
+def test_log_probs_are_those_of_single_unpacked_sequences(mini, mini_pairs, vector):
+    model, _ = mini
+    packed = steered_logps(model, 1, vector, -1, mini_pairs)
+    for pair, row in zip(mini_pairs, packed, strict=True):
+        for response, logp in zip((pair.ids.chosen, pair.ids.rejected), row, strict=True):
+            tokens = torch.tensor([pair.ids.prompt + response])
+            logps = model(tokens, steer={1: -vector}).log_softmax(-1)[0, :-1]
+            logps = logps.gather(-1, tokens[0, 1:, None])[:, 0]
+            assert abs(logps[len(pair.ids.prompt) - 1 :].sum() - logp) <= 1e-3
+
+
+def test_first_pass_in_any_grouping_is_the_plain_pass(mini, mini_pairs):
+    model, _ = mini
+    alone = list(first_pass(model, 1, [pair.ids for pair in mini_pairs], batch_size=1))
+    for one, grouped in zip(alone, mini_pairs, strict=True):
+        assert (one.h - grouped.h).abs().max() <= 1e-5
+        assert (one.ref_logps - grouped.ref_logps).abs().max() <= 1e-3
+
+
+def test_loss_by_hand():
+    logps = torch.tensor([[-10.0, -12.0], [-5.0, -5.0]])
+    ref_logps = torch.tensor([[-11.0, -11.0], [-5.0, -7.0]])
+    losses, margin = bipo_loss(logps, ref_logps, -1, 0.5)
+    assert margin.tolist() == [2.0, -2.0]
+    assert torch.allclose(losses, torch.tensor([math.log1p(math.e), math.log1p(1 / math.e)]))
+
+
+def test_at_zero_the_loss_is_ln_2_and_d_does_not_matter(mini, mini_pairs):
+    model, _ = mini
+    zero = torch.zeros(32)
+    up, grad_up = gradient(model, mini_pairs, zero, 1)
+    down, grad_down = gradient(model, mini_pairs, zero, -1)
+    assert (up - math.log(2)).abs().max() <= 1e-5 and (down - math.log(2)).abs().max() <= 1e-5
+    assert torch.allclose(grad_up, grad_down, rtol=1e-4, atol=1e-6)
+    assert grad_up.norm() > 0.1
+
+
+def test_flipping_d_and_v_is_swapping_the_responses(mini, mini_pairs, vector):
+    model, _ = mini
+    swapped = [
+        pair._replace(
+            ids=pair.ids._replace(chosen=pair.ids.rejected, rejected=pair.ids.chosen),
+        ).ids
+        for pair in mini_pairs
+    ]
+    swapped = list(first_pass(model, 1, swapped))
+    losses, _ = gradient(model, mini_pairs, vector, 1)
+    mirrored, _ = gradient(model, swapped, -vector, -1)
+    assert torch.allclose(losses, mirrored, rtol=1e-4)
+
+
+def test_gradient_by_finite_differences(mini_pairs, vector):
+    model = load(MINI, dtype=torch.float64)
+    pairs = list(first_pass(model, 1, [pair.ids for pair in mini_pairs[:4]]))
+    vector = 0.1 * vector.double()
+    _, grad = gradient(model, pairs, vector, -1)
+    for i in (0, 7, 31):
+        step = torch.zeros(32, dtype=torch.float64)
+        step[i] = 1e-3
+        above, below = (gradient(model, pairs, vector + s, -1)[0].mean() for s in (step, -step))
+        # the head's logits and the norms are fp32 in any model, which limits the agreement
+        assert ((above - below) / 2e-3 - grad[i]).abs() <= 1e-2 * grad.abs().max()
+
+
+def test_coefficient_algebra(mini, mini_pairs, vector):
+    model, _ = mini
+    assert torch.equal(
+        score(model, 1, 4 * vector, 1, mini_pairs), score(model, 1, vector, 4, mini_pairs)
+    )
+    nothing = score(model, 1, vector, 0, mini_pairs)
+    assert torch.equal(nothing, score(model, 1, vector - vector, 3, mini_pairs))
+    ref_logps = torch.stack([pair.ref_logps for pair in mini_pairs])
+    assert (nothing - ref_logps).abs().max() <= 1e-3
+    assert (score(model, 1, vector, 1, mini_pairs) - ref_logps).abs().max() > 1
+
+
+def test_weights_are_frozen_and_only_v_learns(mini, mini_pairs):
+    model, _ = mini
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    list(train(model, 1, mini_pairs, mini_pairs[:2], Recipe(epochs=1)))
+    for name, weight in model.named_parameters():
+        assert not weight.requires_grad and weight.grad is None
+        assert torch.equal(weight, before[name])
+
+
+# ---- schedule, order, loop
+
+
+def test_schedule():
+    rates = [lr_at(k, 2.0, 4, 10) for k in range(12)]
+    assert rates[:5] == [0.0, 0.5, 1.0, 1.5, 2.0]
+    assert rates[7] == pytest.approx(1.0) and rates[10:] == [0.0, 0.0]
+    assert all(a > b for a, b in zip(rates[4:11], rates[5:11], strict=False))
+    assert lr_at(0, 2.0, 0, 10) == 2.0
+
+
+def test_order_and_draws():
+    recipe = Recipe(epochs=50, batch_size=4)
+    steps = list(draw_batches(11, recipe, seed=0))
+    assert [len(rows) for rows, _ in steps[:3]] == [4, 4, 3] and len(steps) == 150
+    for i in range(0, 150, 3):
+        assert sorted(sum((rows for rows, _ in steps[i : i + 3]), [])) == list(range(11))
+    assert steps[0][0] != steps[3][0]
+    assert 50 < sum(d == 1 for _, d in steps) < 100 and {d for _, d in steps} == {-1, 1}
+    assert steps == list(draw_batches(11, recipe, seed=0)) != list(draw_batches(11, recipe, seed=1))
+
+
+RECIPE = Recipe(lr=0.02, warmup_steps=5, epochs=8, weight_decay=0.0)
+
+
+def test_same_seed_twice_is_bitwise_the_same(mini, mini_pairs):
+    model, _ = mini
+
+    def last(seed):
+        return list(train(model, 1, mini_pairs, mini_pairs[:2], RECIPE, seed))[-1].v
+
+    assert torch.equal(last(0), last(0)) and not torch.equal(last(0), last(1))
+
+
+def test_loss_falls_and_both_directions_are_learnt(mini, mini_pairs):
+    model, _ = mini
+    *_, last = train(model, 1, mini_pairs, mini_pairs, RECIPE)
+    for d in (1, -1):
+        assert last.held_out[d]["loss"] < 0.6
+        assert d * last.held_out[d]["margin"] > 2 and last.held_out[d]["accuracy"] > 0.9
+
+
+def test_evaluation_by_hand(mini, mini_pairs, vector):
+    model, _ = mini
+    report = evaluate(model, 1, vector, mini_pairs, 0.1)
+    ref_logps = torch.stack([pair.ref_logps for pair in mini_pairs])
+    for d in (1, -1):
+        gain = steered_logps(model, 1, vector, d, mini_pairs) - ref_logps
+        margin = gain[:, 0] - gain[:, 1]
+        assert report[d]["margin"] == pytest.approx(margin.mean().item(), abs=1e-3)
+        assert report[d]["accuracy"] == pytest.approx(((margin > 0) == (d > 0)).float().mean())
+        loss = torch.log1p(torch.exp(-d * 0.1 * margin)).mean().item()
+        assert report[d]["loss"] == pytest.approx(loss, abs=1e-4)
+
+
+@pytest.mark.parametrize("flag", [f.name for f in fields(Recipe)])
+def test_every_setting_changes_the_vector(mini, mini_pairs, flag):
+    model, _ = mini
+    base = Recipe(lr=0.02, warmup_steps=2, epochs=2, clip_norm=0.5)
+    other = dict(
+        beta=0.2, lr=0.01, batch_size=3, weight_decay=0.5, warmup_steps=0, epochs=3,
+        schedule_epochs=9, clip_norm=0.01,
+    )[flag]  # fmt: skip
+    a, b = (
+        list(train(model, 1, mini_pairs, mini_pairs[:2], recipe))[-1].v
+        for recipe in (base, replace(base, **{flag: other}))
+    )
+    assert (a - b).abs().max() > 1e-6
+
+
+def test_presets():
+    paper, official = PRESETS["paper"], PRESETS["official"]
+    assert (paper.beta, paper.lr, paper.batch_size, paper.epochs) == (0.1, 5e-4, 4, 20)
+    assert (paper.weight_decay, paper.schedule_epochs, paper.warmup_steps) == (0.05, 0, 100)
+    changed = {"weight_decay": 0.0, "schedule_epochs": 100}
+    assert asdict(official) == asdict(paper) | changed
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(epochs=0),
+        dict(batch_size=0),
+        dict(lr=-1.0),
+        dict(beta=math.nan),
+        dict(beta=0.0),
+        dict(clip_norm=math.inf),
+    ],
+)
+def test_impossible_recipes(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Recipe(**wrong)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(mini, mini_pairs):
+    model, _ = mini
+    broken = [pair._replace(h=pair.h * math.nan) for pair in mini_pairs]
+    with pytest.raises(ValueError, match="step 1: loss nan"):
+        next(train(model, 1, broken, mini_pairs, RECIPE))
+
+
+def test_bf16_weights_train_an_fp32_vector(mini_pairs):
+    model = load(MINI, dtype=torch.bfloat16)
+    pairs = list(first_pass(model, 1, [pair.ids for pair in mini_pairs]))
+    assert pairs[0].h.dtype == torch.bfloat16 and pairs[0].ref_logps.dtype == torch.float32
+    *_, last = train(model, 1, pairs, pairs, RECIPE)
+    assert last.v.dtype == last.logps.dtype == torch.float32
+    assert last.held_out[1]["loss"] < 0.6 and last.held_out[-1]["loss"] < 0.6
+    assert not torch.equal(last.v, last.v.bfloat16().float())
+
+
+# ---- the command line
+
+TRAIN = ("bipo.py", "--model", MINI, "--data", MINI / "train.csv", "--layer", 1)
+
+
+def test_command_line(tmp_path):
+    out = tmp_path / "run"
+    args = ["--val", MINI / "test.csv", "--epochs", 3, "--lr", 0.02, "--warmup-steps", 2]
+    code, stdout, stderr = run_cli(*TRAIN, *args, "--out", out, "--preset", "official")
+    assert code == 0, stderr
+    assert sorted(file.name for file in out.iterdir()) == [
+        "epoch_01.safetensors",
+        "epoch_02.safetensors",
+        "epoch_03.safetensors",
+        "log.jsonl",
+        "vector.safetensors",
+    ]
+    vectors, metadata = load_vector(out)
+    assert list(vectors) == [1] and vectors[1].norm() > 0.1
+    assert torch.equal(vectors[1], load_vector(out / "epoch_03.safetensors")[0][1])
+    assert not torch.equal(vectors[1], load_vector(out / "epoch_02.safetensors")[0][1])
+    recipe = asdict(PRESETS["official"]) | {"epochs": 3, "lr": 0.02, "warmup_steps": 2}
+    assert json.loads(metadata["recipe"]) == recipe
+    assert metadata.items() >= {
+        "base_model": "mini", "layer": "1", "n_layers": "4", "template": "llama-2", "seed": "0",
+        "system": "You are a helpful, honest and concise assistant.", "epoch": "3",
+        "preset": "official", "dtype": "float32", "device": "cpu",
+    }.items()  # fmt: skip
+
+    settings, *steps = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    assert json.loads(settings["recipe"]) == recipe and "held out 3" in settings["data"]
+    assert [row["step"] for row in steps] == list(range(1, 10))
+    assert {row["d"] for row in steps} == {-1, 1} and steps[0]["lr"] == 0
+    assert [row["step"] for row in steps if row["held_out"]] == [3, 6, 9]
+    assert steps[-1]["v_norm"] == pytest.approx(vectors[1].norm().item())
+    assert "9/9" in stdout and stdout.count("held out  d +1") == 3 and "saved" in stdout
+
+    # the same by the functions: what the command does is what the README shows
+    model = load(MINI)
+    chat = open_chat(MINI, model.config)
+    sets = (
+        list(first_pass(model, 1, [chat.encode_pair(p) for p in read_pairs(MINI / name)]))
+        for name in ("train.csv", "test.csv")
+    )
+    *_, last = train(model, 1, *sets, Recipe(**recipe))
+    assert (last.v - vectors[1]).abs().max() <= 1e-6
+
+
+def test_command_line_with_nothing_else(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pairs = [{"prompt": f"q{i}", "chosen": "yes", "rejected": "no"} for i in range(12)]
+    jsonl(tmp_path / "pairs.jsonl", *pairs)
+    bipo.main(["--model", str(MINI), "--data", "pairs.jsonl", "--layer", "1"])
+    printed = capsys.readouterr().out
+    assert "10 pairs of pairs.jsonl, held out 2 split off by prompt" in printed
+    assert printed.count("held out  d +1") == 20  # epochs
+    vectors, metadata = load_vector(tmp_path / "runs" / "pairs-layer1")
+    assert json.loads(metadata["recipe"]) == asdict(PRESETS["paper"]) and list(vectors) == [1]
+
+
+def test_a_finished_run_is_not_overwritten_unasked(tmp_path, fails):
+    args = [str(x) for x in (*TRAIN[1:], "--epochs", 1, "--out", tmp_path)]
+    bipo.main(args)
+    before = (tmp_path / "vector.safetensors").read_bytes()
+    fails(bipo.main, args, str(tmp_path), "--overwrite")
+    assert (tmp_path / "vector.safetensors").read_bytes() == before
+    (tmp_path / "epoch_07.safetensors").write_bytes(b"of a longer run")
+    (tmp_path / "notes.safetensors").write_bytes(b"not of a run")
+    (tmp_path / "log.txt").write_bytes(b"neither")
+    bipo.main([*args, "--overwrite"])
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "epoch_01.safetensors",
+        "log.jsonl",
+        "log.txt",
+        "notes.safetensors",
+        "vector.safetensors",
+    ]
+
+
+def test_a_wrong_path_by_subprocess():
+    code, out, err = run_cli(*TRAIN[:3], "--data", "none.csv", "--layer", 1)
+    assert_one_line(code, err, "none.csv")
+    assert out == ""
+
+
+def test_user_errors(tmp_path, fails):
+    def wrong(*parts, **flags):
+        flags = {"model": MINI, "data": MINI / "train.csv", "layer": 1, "out": out} | flags
+        args = [x for flag, value in flags.items() for x in (f"--{flag}", value)]
+        fails(bipo.main, args, *parts)
+        assert not out.exists()
+
+    out, a_file, empty = tmp_path / "out", tmp_path / "file", tmp_path / "empty.jsonl"
+    a_file.touch()
+    empty.touch()
+    long = jsonl(tmp_path / "long.jsonl", {"prompt": "x" * 600, "chosen": "a", "rejected": "b"})
+    wrong("no model 'nobody/none'", "hf download", model="nobody/none")
+    wrong("config.json", model=tmp_path)
+    wrong("layer 4", "0..3", layer=4)
+    wrong("layer -1", "0..3", layer=-1)
+    wrong("invalid int value", layer="x")
+    wrong("none.csv", data=tmp_path / "none.csv")
+    wrong("holds no pairs", data=empty)
+    wrong("long.jsonl:1", "context is 512", val=long)
+    wrong("cannot write", out=a_file / "out")
+    wrong("epochs is 0", epochs=0)
+    wrong("unrecognized arguments", nonsense=1)
+    wrong("--device warp", device="warp")
+
+
+def test_a_checkpoint_that_cannot_be_read(tmp_path, fails):
+    broken = tmp_path / "broken"
+    shutil.copytree(MINI, broken)
+    (broken / "model.safetensors").write_bytes(b"cut")
+    args = ["--model", broken, *TRAIN[3:], "--out", tmp_path / "out"]
+    fails(bipo.main, args, "cannot read", "model.safetensors")
+
+
+def test_every_flag_is_read(monkeypatch, tmp_path):
+    """Every attribute the parser makes is looked at by the run."""
+    read = set()
+
+    class Spy(argparse.Namespace):
+        def __getattribute__(self, name):
+            read.add(name)
+            return super().__getattribute__(name)
+
+    seen = []
+    monkeypatch.setattr(bipo, "run", lambda args, run=bipo.run: run(seen.append(args) or spy(args)))
+
+    def spy(args):
+        return Spy(**vars(args))
+
+    args = [str(x) for x in (*TRAIN[1:], "--epochs", 1, "--out", tmp_path / "run")]
+    bipo.main(args)
+    assert set(vars(seen[0])) <= read

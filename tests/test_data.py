@@ -1,0 +1,300 @@
+import json
+import pickle
+import shutil
+import struct
+
+import pytest
+import sentencepiece
+import torch
+from conftest import MINI
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from data import (
+    SYSTEM,
+    Chat,
+    Pair,
+    PairIds,
+    Tokenizer,
+    find_model,
+    load_vector,
+    open_chat,
+    pack,
+    read_pairs,
+    save_vector,
+    split_pairs,
+)
+from llama import read_config
+
+TOKENIZER = Tokenizer(MINI)
+PAIR = {"prompt": "Will you lead?", "chosen": "Yes.", "rejected": "No."}
+
+# ---- pair files
+
+
+def test_jsonl(tmp_path):
+    file = tmp_path / "x.jsonl"
+    odd = PAIR | {"prompt": 'two\nlines, a \u2028 and a quote"', "extra": [1]}
+    text = json.dumps(PAIR) + "\n\n" + json.dumps(odd, ensure_ascii=False) + "\r\n"
+    file.write_bytes(b"\xef\xbb\xbf" + text.encode())  # with Windows' byte order mark and line end
+    first, second = read_pairs(file)
+    assert first == Pair("Will you lead?", "Yes.", "No.", f"{file}:1")
+    assert second == Pair(odd["prompt"], "Yes.", "No.", f"{file}:3")
+
+
+def test_official_csv(tmp_path):
+    file = tmp_path / "x.csv"
+    file.write_text(
+        "question,matching,not_matching\n"
+        '"Two lines,\nand a ""quote"".",Yes.,"No,\nnever."\n'
+        "\n"
+        ",An empty question is kept.,The official files have some.\n"
+    )
+    first, second = read_pairs(file)
+    assert first == Pair('Two lines,\nand a "quote".', "Yes.", "No,\nnever.", f"{file}:2")
+    assert second.prompt == "" and second.source == f"{file}:6"
+
+
+def test_columns_of_a_csv_may_be_in_any_order_and_more(tmp_path):
+    file = tmp_path / "x.csv"
+    file.write_text("prompt,not_matching,question,matching\n7,No.,Lead?,Yes.\n")
+    assert read_pairs(file) == [Pair("Lead?", "Yes.", "No.", f"{file}:2")]
+
+
+LINE = json.dumps(PAIR)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", "", "holds no pairs"),
+        ("x.csv", "", "x.csv:1: 0 columns 'question'"),
+        ("x.csv", "question,matching,matching,not_matching\n", "x.csv:1: 2 columns 'matching'"),
+        ("x.csv", "question,matching,not_matching\n", "holds no pairs"),
+        ("x.jsonl", LINE + "\n{oops\n", "x.jsonl:2: not JSON"),
+        ("x.jsonl", LINE + '\n["a"]\n', "x.jsonl:2: not a JSON object"),
+        ("x.jsonl", json.dumps({"prompt": "a", "chosen": "b"}), "x.jsonl:1: no text in 'rejected'"),
+        ("x.jsonl", json.dumps(PAIR | {"chosen": ["Yes."]}), "x.jsonl:1: no text in 'chosen'"),
+        ("x.jsonl", LINE + "\n" + json.dumps(PAIR | {"chosen": " "}), "x.jsonl:2: 'chosen' is emp"),
+        ("x.jsonl", json.dumps(PAIR | {"chosen": "No."}), "x.jsonl:1: chosen and rejected are the"),
+        ("x.csv", "question,matching\na,b\n", "x.csv:1: 0 columns 'not_matching'"),
+        ("x.csv", "question,matching,not_matching\na,b\n", "x.csv:2: 2 fields, but 3 columns"),
+        ("x.csv", 'question,matching,not_matching\na,b,c\n"a', "x.csv:3: not CSV"),
+        (
+            "x.csv",
+            'question,matching,not_matching\n"a\nb",c,d\na,,c\n',
+            "x.csv:4: 'matching' is em",
+        ),
+        ("x.jsonl", json.dumps(PAIR | {"prompt": "\ud800"}), "x.jsonl:1: 'prompt' is not Unicode"),
+        ("x.jsonl", "[" * 100000, "x.jsonl:1: not JSON"),
+        ("x.jsonl", LINE.encode() + b'\n{"prompt": "\xe9"}', "x.jsonl:2: not UTF-8 .*0xe9"),
+        ("x.txt", LINE, "a pair file ends in .jsonl or .csv, not '.txt'"),
+    ],
+)
+def test_faults_are_named_with_file_and_line(tmp_path, name, content, message):
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message):
+        read_pairs(file)
+
+
+def test_no_such_file(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot read .*none.jsonl: No such file"):
+        read_pairs(tmp_path / "none.jsonl")
+
+
+def test_split_keeps_a_prompts_pairs_together():
+    pairs = [Pair(f"q{i % 30}", f"a{i}", f"b{i}") for i in range(90)]
+    kept, held_out = split_pairs(pairs, seed=0)
+    assert len(held_out) == 9 and sorted(kept + held_out) == sorted(pairs)
+    assert not {p.prompt for p in kept} & {p.prompt for p in held_out}
+    assert split_pairs(pairs, seed=0) == (kept, held_out) != split_pairs(pairs, seed=1)
+    with pytest.raises(ValueError, match="one prompt .* give --val"):
+        split_pairs(pairs[:1], seed=0)
+
+
+# ---- models by name
+
+
+def test_models_are_found_by_folder_alias_and_hub_id(tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    hub_id = "meta-llama/Llama-2-7b-chat-hf"
+    with pytest.raises(ValueError, match=f"llama2-7b-chat.*{tmp_path}.*hf download {hub_id}"):
+        find_model("llama2-7b-chat")
+    repo = tmp_path / "hub" / "models--meta-llama--Llama-2-7b-chat-hf"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("abc123")
+    snapshot = repo / "snapshots" / "abc123"
+    shutil.copytree(MINI, snapshot)
+    assert find_model("llama2-7b-chat") == find_model(hub_id) == (snapshot, hub_id)
+    assert find_model(MINI) == (MINI, "mini")
+    with pytest.raises(ValueError, match="no model 'tpyo': .*aliases are llama2-7b-chat"):
+        find_model("tpyo")
+
+
+# ---- tokens
+
+
+def test_ids_are_the_official_trainers():
+    rows = json.loads((MINI / "trace.json").read_text())["rows"]
+    chat, pairs = Chat(TOKENIZER), read_pairs(MINI / "train.csv")
+    assert len(rows) == len(pairs) == 11
+    for i, pair in enumerate(pairs):
+        row, ids = rows[str(i)], chat.encode_pair(pair)
+        assert chat.render(pair.prompt) == row["prompt"]
+        assert ids.prompt == row["prompt_ids"]
+        assert ids.prompt + ids.chosen == row["chosen_ids"]
+        assert ids.prompt + ids.rejected == row["rejected_ids"]
+        assert len(ids.prompt) == row["chosen_start"] == row["rejected_start"]
+
+
+def test_templates():
+    def render(template, system):
+        return Chat(TOKENIZER, template, system).render("Hi {there}")
+
+    assert render("llama-2", "S {x}") == "[INST] <<SYS>>\nS {x}\n<</SYS>>\n\nHi {there} [/INST]"
+    assert render("mistral", "S {x}") == "[INST] S {x}\nHi {there} [/INST]"
+    assert render("llama-2", "") == render("mistral", "") == "[INST] Hi {there} [/INST]"
+
+
+def test_template_follows_the_model_unless_given():
+    config = read_config(MINI)
+    assert open_chat(MINI, config)[1:] == ("llama-2", SYSTEM)
+    assert open_chat(MINI, config, "mistral", "")[1:] == ("mistral", "")
+    mistral = config.__class__(**{**vars(config), "family": "mistral"})
+    assert open_chat(MINI, mistral).template == "mistral"
+
+
+def test_tokenizer_faults(tmp_path):
+    with pytest.raises(ValueError, match="cannot read .*tokenizer.model"):
+        Tokenizer(tmp_path)
+    for content in (b"not a model", b""):
+        (tmp_path / "tokenizer.model").write_bytes(content)
+        with pytest.raises(ValueError, match="tokenizer.model"):
+            Tokenizer(tmp_path)
+    train_tokenizer(tmp_path, bos_id=-1)
+    with pytest.raises(ValueError, match="tokenizer.model has no BOS or no EOS"):
+        Tokenizer(tmp_path)
+    config = read_config(MINI)
+    small = config.__class__(**{**vars(config), "vocab_size": 100})
+    with pytest.raises(ValueError, match="420 tokens in tokenizer.model, 100 in the model"):
+        open_chat(MINI, small)
+
+
+words = st.text(st.characters(codec="utf-8"), max_size=30)
+
+
+@settings(deadline=None, max_examples=200)
+@given(prompt=words, chosen=words, rejected=words, template=st.sampled_from(["llama-2", "mistral"]))
+def test_training_and_generation_see_the_same_prompt_ids(prompt, chosen, rejected, template):
+    chat = Chat(TOKENIZER, template)
+    assume(TOKENIZER.encode(" " + chosen) != TOKENIZER.encode(" " + rejected))
+    ids = chat.encode_pair(Pair(prompt, chosen, rejected))
+    assert ids.prompt == chat.encode_prompt(prompt)
+    for response, text in ((ids.chosen, chosen), (ids.rejected, rejected)):
+        assert response[-1] == TOKENIZER.eos_id
+        joint = TOKENIZER.encode(chat.render(prompt) + " " + text)
+        assert ids.prompt[1:] + response[:-1] == joint
+
+
+def train_tokenizer(folder, **options):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a b c d e f g"]), model_prefix=str(folder / "tokenizer"),
+        vocab_size=12, hard_vocab_limit=False, minloglevel=2, **options,
+    )  # fmt: skip
+
+
+def test_responses_of_the_same_ids_are_refused(tmp_path):
+    train_tokenizer(tmp_path)  # sentencepiece's default normaliser takes these for the same
+    pair = Pair("Lead?", "a b", "a  b", "x.jsonl:3")
+    with pytest.raises(ValueError, match="x.jsonl:3: chosen and rejected are the same tokens"):
+        Chat(Tokenizer(tmp_path)).encode_pair(pair)
+
+
+def test_pair_longer_than_the_context_is_named():
+    pair = Pair("word " * 50, "Yes.", "No.", "x.jsonl:7")
+    n = len(Chat(TOKENIZER).encode_prompt(pair.prompt)) + 1
+    with pytest.raises(ValueError, match=rf"x.jsonl:7: \d+ tokens, .* context is {n}"):
+        Chat(TOKENIZER).encode_pair(pair, max_seq_len=n)
+
+
+# ---- packing
+
+
+def test_packed_layout():
+    batch = pack([PairIds([1, 5], [6, 7, 2], [8, 2]), PairIds([1], [9, 2], [4, 2])])
+    assert batch.tokens.tolist() == [[1, 5, 6, 7, 2, 8, 2, 1, 9, 2, 4, 2]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 2, 3, 0, 1, 2, 1, 2]]
+    assert batch.targets.tolist() == [6, 7, 2, 8, 2, 9, 2, 4, 2]
+    assert batch.predictors.tolist() == [1, 2, 3, 1, 5, 7, 8, 7, 10]
+    assert batch.lengths == [3, 2, 2, 2]
+    sees = [
+        "x......",  # prompt
+        "xx.....",
+        "xxx....",  # chosen: the prompt and itself
+        "xxxx...",
+        "xxxxx..",
+        "xx...x.",  # rejected: the prompt and itself
+        "xx...xx",
+    ]
+    first, second = batch.masks
+    assert ["".join(".x"[int(x)] for x in row) for row in first] == sees
+    assert second.shape == (5, 5)
+
+
+# ---- vector files
+
+
+def test_vector_file_round_trip(tmp_path):
+    v = torch.randn(8)
+    save_vector(tmp_path / "vector.safetensors", {3: v.requires_grad_()}, {"system": "é\n"})
+    for path in (tmp_path, tmp_path / "vector.safetensors"):
+        vectors, metadata = load_vector(path)
+        assert list(vectors) == [3] and torch.equal(vectors[3], v)
+        assert metadata == {"system": "é\n"}
+    assert [file.name for file in tmp_path.iterdir()] == ["vector.safetensors"]
+
+
+def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    file = tmp_path / "v.safetensors"
+    save_vector(file, {3: torch.ones(8)}, {})
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("data.save_file", full)
+    with pytest.raises(OSError, match="disk full"):
+        save_vector(file, {3: torch.zeros(8)}, {})
+    assert torch.equal(load_vector(file)[0][3], torch.ones(8))
+
+
+class Bomb:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('unpickled')",))
+
+
+def test_vector_files_that_are_refused(tmp_path):
+    file = tmp_path / "v.safetensors"
+    for tensors in (
+        {"direction.3": torch.tensor([1.0, float("nan")])},
+        {"direction.3": torch.ones(2, 2)},
+        {"layer3": torch.ones(2)},
+        {"direction.03": torch.ones(2)},
+        {"direction.3": torch.ones(2, dtype=torch.int32)},
+        {"direction.3": torch.tensor([1e300], dtype=torch.float64)},
+    ):
+        save_file(tensors, file)
+        with pytest.raises(ValueError, match="is no vector direction.LAYER|holds NaN"):
+            load_vector(file)
+    file.write_bytes(struct.pack("<Q", 2) + b"{}")
+    with pytest.raises(ValueError, match="holds no vector"):
+        load_vector(file)
+    for content in (pickle.dumps(Bomb()), b"", b"\0" * 7):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="cannot read .*v.safetensors"):
+            load_vector(file)
+    with pytest.raises(ValueError, match="cannot read .*none"):
+        load_vector(tmp_path / "none")

@@ -1,0 +1,148 @@
+import json
+
+import pytest
+import torch
+from conftest import MINI, assert_one_line, jsonl, run_cli
+
+import bipo
+import eval as evaluation
+from data import read_pairs, save_vector
+from eval import answers, open_vector, pair_table
+from llama import generate, load
+
+M = [-2, -0.5, 0, 1]
+
+
+def test_pair_table_by_hand(mini, mini_pairs, vector):
+    """Against whole, unpacked sequences through the model, one at a time."""
+    model, _ = mini
+    rows = pair_table(model, 1, vector, mini_pairs, M)
+    assert [row["multiplier"] for row in rows] == M
+
+    def logp(prompt, response, m):
+        tokens = torch.tensor([prompt + response])
+        logps = model(tokens, steer={1: m * vector}).log_softmax(-1)[0, :-1]
+        return logps.gather(-1, tokens[0, 1:, None])[len(prompt) - 1 :].sum().item()
+
+    for row, m in zip(rows, M, strict=True):
+        margins, per_token, likelier = [], [], []
+        for pair in mini_pairs:
+            prompt, chosen, rejected = pair.ids
+            up, down = logp(prompt, chosen, m), logp(prompt, rejected, m)
+            up_gain, down_gain = up - logp(prompt, chosen, 0), down - logp(prompt, rejected, 0)
+            margins.append(up_gain - down_gain)
+            per_token.append(up_gain / len(chosen) - down_gain / len(rejected))
+            likelier.append(up > down)
+        n = len(mini_pairs)
+        assert row["margin"] == pytest.approx(sum(margins) / n, abs=1e-3)
+        assert row["margin_per_token"] == pytest.approx(sum(per_token) / n, abs=1e-4)
+        assert row["prefers_chosen"] == pytest.approx(sum(likelier) / n)
+        if m:
+            assert row["wins"] == pytest.approx(sum(m * x > 0 for x in margins) / n)
+        else:
+            assert row["wins"] is None
+
+
+def test_zero_vector_and_mirror(mini, mini_pairs, vector):
+    model, _ = mini
+    for row in pair_table(model, 1, 0 * vector, mini_pairs, M):
+        assert abs(row["margin"]) <= 1e-3 and abs(row["margin_per_token"]) <= 1e-4
+    table = pair_table(model, 1, vector, mini_pairs, [-1, 0, 1])
+    mirror = pair_table(model, 1, -vector, mini_pairs, [1, 0, -1])
+    for row, other in zip(table, mirror, strict=True):
+        assert row["margin"] == other["margin"]
+        assert row["prefers_chosen"] == other["prefers_chosen"]
+
+
+def test_answers_of_one_batch_are_those_of_single_prompts(mini, vector):
+    model, chat = mini
+    prompts = [pair.prompt for pair in read_pairs(MINI / "test.csv")]
+    table = answers(model, chat, 1, vector, prompts, M, 12)
+    assert len(table) == 3 and all(len(row) == len(M) for row in table)
+    for prompt, row in zip(prompts, table, strict=True):
+        for m, text in zip(M, row, strict=True):
+            ids = generate(model, [chat.encode_prompt(prompt)], 12, 2, {1: m * vector})[0]
+            assert text == chat.tokenizer.decode(ids)
+    assert len(set(table[0])) > 1
+
+
+# ---- the command line
+
+
+@pytest.fixture
+def vector_file(tmp_path, vector):
+    metadata = {"base_model": "other", "n_layers": "4", "template": "mistral", "system": "Be odd."}
+    save_vector(tmp_path / "v.safetensors", {1: vector}, metadata)
+    return tmp_path / "v.safetensors"
+
+
+EVAL = ("--model", MINI, "--data", MINI / "test.csv")
+
+
+def test_command_line(vector_file, vector):
+    flags = ["--multipliers", -1, 0, 2.5, "--samples", 2, "--max-new-tokens", 8]
+    code, out, err = run_cli("eval.py", *EVAL, "--vector", vector_file, *flags)
+    assert code == 0, err
+    assert "mistral template, system 'Be odd.'" in out  # taken from the vector file
+    assert "trained on other" in out and "layer 1" in out
+    model = load(MINI)
+    chat = evaluation.open_chat(MINI, model.config, "mistral", "Be odd.")
+    pairs = read_pairs(MINI / "test.csv")
+    cached = list(bipo.first_pass(model, 1, [chat.encode_pair(pair) for pair in pairs]))
+    lines = [line.split() for line in out.splitlines()]
+    for row in pair_table(model, 1, vector, cached, [-1.0, 0.0, 2.5]):
+        wins = "-" if row["wins"] is None else f"{row['wins']:.1%}"
+        (printed,) = (x for x in lines if x and x[0] == f"{row['multiplier']:+g}" and len(x) == 5)
+        assert printed[1:3] == [wins, f"{row['prefers_chosen']:.1%}"]
+        assert float(printed[3]) == pytest.approx(row["margin"], abs=0.011)
+        assert float(printed[4]) == pytest.approx(row["margin_per_token"], abs=0.0011)
+    for pair, texts in zip(
+        pairs,
+        answers(model, chat, 1, vector, [p.prompt for p in pairs[:2]], [2.5], 8),
+        strict=False,
+    ):
+        assert pair.prompt in out and texts[0] in out
+    assert pairs[2].prompt not in out
+
+
+def test_flags_win_over_the_vector_file(vector_file, capsys):
+    flags = ["--template", "llama-2", "--system", "", "--samples", "0", "--dtype", "bfloat16"]
+    evaluation.main([str(x) for x in (*EVAL, "--vector", vector_file, *flags)])
+    printed = capsys.readouterr().out
+    assert "llama-2 template, system ''" in printed and "bfloat16" in printed
+
+
+def test_user_errors(tmp_path, vector_file, vector, fails):
+    def wrong(*parts, vector=vector_file, data=MINI / "test.csv", **flags):
+        flags = {"model": MINI, "vector": vector, "data": data} | flags
+        fails(evaluation.main, [x for f, value in flags.items() for x in (f"--{f}", value)], *parts)
+
+    def saved(vectors, **metadata):
+        save_vector(tmp_path / "w.safetensors", vectors, metadata)
+        return tmp_path / "w.safetensors"
+
+    wrong("width 8", "not 32", vector=saved({1: torch.ones(8)}))
+    wrong("9 blocks", "not 32 and 4", vector=saved({1: vector}, n_layers="9"))
+    wrong("layer 7", "0..3", vector=saved({7: vector}))
+    wrong("layers [1, 2]", vector=saved({1: vector, 2: -vector}))
+    wrong("unknown template 'alpaca'", vector=saved({1: vector}, template="alpaca"))
+    wrong("cannot read", "none.safetensors", vector=tmp_path / "none.safetensors")
+    wrong("cannot read", "vector.safetensors", vector=tmp_path)
+    wrong("none.csv", data=tmp_path / "none.csv")
+    wrong("--multipliers", multipliers="x")
+    wrong("--max-new-tokens >= 1", **{"max-new-tokens": 0})
+    wrong("--samples >= 0", samples=-1)
+    wrong("finite --multipliers", multipliers="nan")
+    wrong("exceed the model's context", **{"max-new-tokens": 500})
+    code, _, err = run_cli("eval.py", *EVAL, "--vector", "none")
+    assert_one_line(code, err, "none")
+
+
+def test_open_vector_reads_what_bipo_wrote(tmp_path):
+    pairs = [{"prompt": f"q{i}", "chosen": "yes", "rejected": "no"} for i in range(4)]
+    data = jsonl(tmp_path / "pairs.jsonl", *pairs)
+    args = ["--model", MINI, "--data", data, "--layer", 2, "--system", "Short.", "--epochs", 1]
+    bipo.main([str(x) for x in (*args, "--warmup-steps", 0, "--out", tmp_path / "run")])
+    layer, v, metadata = open_vector(tmp_path / "run", load(MINI).config)
+    assert layer == 2 and v.shape == (32,) and metadata["system"] == "Short."
+    assert json.loads(metadata["recipe"])["epochs"] == 1

@@ -1,0 +1,424 @@
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import MINI
+from safetensors.torch import load_file, save_file
+
+import llama
+from llama import Config, KVCache, Llama, generate, load, parse_config, read_config
+
+transformers = pytest.importorskip("transformers")
+
+SIZES = dict(
+    hidden_size=48, num_hidden_layers=4, num_attention_heads=6, intermediate_size=80,
+    vocab_size=120, max_position_embeddings=256, initializer_range=0.2,
+)  # fmt: skip
+VARIANTS = {
+    "mha": ("Llama", dict(num_key_value_heads=6)),
+    "gqa": ("Llama", dict(num_key_value_heads=2)),
+    "mqa, tied": ("Llama", dict(num_key_value_heads=1, tie_word_embeddings=True)),
+    "head_dim": ("Llama", dict(head_dim=20, num_key_value_heads=3)),
+    "rope_theta, eps": ("Llama", dict(rms_norm_eps=1e-3, rope_theta=5e5)),
+    "mistral": ("Mistral", dict(num_key_value_heads=2, sliding_window=None, rope_theta=1e6)),
+    "mistral, window": ("Mistral", dict(num_key_value_heads=2, sliding_window=100)),
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def twins(request, tmp_path):
+    """The same random checkpoint in transformers and here."""
+    family, fields = VARIANTS[request.param]
+    fields = dict(fields)
+    theta = fields.pop("rope_theta", 1e4)
+    fields["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
+    torch.manual_seed(0)
+    config = getattr(transformers, family + "Config")(**SIZES, **fields)
+    theirs = getattr(transformers, family + "ForCausalLM")(config).eval().requires_grad_(False)
+    for name, weight in theirs.named_parameters():
+        if "norm" in name:  # 1 at first, and then their place would not be tested
+            weight.uniform_(0.5, 1.5)
+    theirs.save_pretrained(tmp_path)
+    return theirs, load(tmp_path)
+
+
+def tokens_of(*shape):
+    return torch.randint(3, 120, shape, generator=torch.Generator().manual_seed(0))
+
+
+# ---- the same numbers as transformers
+
+
+def test_logits_and_hidden_states(twins):
+    theirs, ours = twins
+    tokens = tokens_of(2, 50)
+    out = theirs(tokens, output_hidden_states=True)
+    assert (ours(tokens) - out.logits).abs().max() <= 1e-4
+    h = ours.embed(tokens)
+    for layer in range(3):  # transformers' last hidden state is after the final norm
+        h = ours.blocks(h, layer, layer + 1)
+        assert (h - out.hidden_states[layer + 1]).abs().max() <= 1e-4
+
+
+def test_greedy_ids(twins):
+    theirs, ours = twins
+    prompts = tokens_of(2, 12)
+    expected = theirs.generate(
+        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=64, do_sample=False,
+        eos_token_id=[], pad_token_id=0,
+    )  # fmt: skip
+    assert generate(ours, prompts.tolist(), 64, eos_id=-1) == expected[:, 12:].tolist()
+
+
+def test_slot_equals_a_forward_hook(twins):
+    theirs, ours = twins
+    tokens, v = tokens_of(2, 20), torch.randn(48, generator=torch.Generator().manual_seed(1))
+    hook = theirs.model.layers[2].register_forward_hook(
+        lambda module, args, out: out[0] + v if isinstance(out, tuple) else out + v
+    )
+    steered = theirs(tokens).logits
+    hook.remove()
+    assert (ours(tokens, steer={2: v}) - steered).abs().max() <= 1e-4
+    assert (steered - theirs(tokens).logits).abs().max() > 0.1
+
+
+def test_old_and_new_name_of_rope_theta(tmp_path):
+    fields = json.loads((MINI / "config.json").read_text())
+    del fields["rope_scaling"]
+    old = parse_config(fields | {"rope_theta": 77.0})
+    del fields["rope_theta"]
+    new = parse_config(fields | {"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}})
+    assert old == new and old.rope_theta == 77.0
+    assert parse_config(fields).rope_theta == 10000.0
+
+
+def test_rotary_embedding_is_a_complex_rotation():
+    D, positions = 8, torch.tensor([0, 1, 5, 300])
+    x = torch.randn(2, 3, 4, D)
+    turned = llama.rotate(x, *llama.rope_tables(positions, D, 10000.0))
+    freqs = 10000.0 ** (-torch.arange(0, D, 2) / D)
+    turn = torch.polar(torch.ones(4, D // 2), positions[:, None] * freqs)
+    z = torch.complex(x[..., : D // 2], x[..., D // 2 :]) * turn
+    assert torch.allclose(turned, torch.cat((z.real, z.imag), -1), atol=1e-5)
+
+
+def test_rotary_tables_stay_fp32_in_a_bf16_model():
+    model = load(MINI, dtype=torch.bfloat16).to(torch.bfloat16)
+    cos, sin = llama.rope_tables(torch.arange(4), model.config.head_dim, model.config.rope_theta)
+    assert cos.dtype == sin.dtype == torch.float32
+    assert {w.dtype for w in model.state_dict().values()} == {torch.bfloat16}
+    assert model(tokens_of(1, 4)).dtype == torch.float32
+
+
+# ---- the slot
+
+
+def test_below_at_and_above_the_layer(mini, vector):
+    model, _ = mini
+    tokens = tokens_of(1, 9)
+    plain = steered = model.embed(tokens)
+    for layer in range(4):
+        plain = model.blocks(plain, layer, layer + 1)
+        steered = model.blocks(steered, layer, layer + 1, steer={1: vector})
+        if layer < 1:
+            assert torch.equal(steered, plain)
+        elif layer == 1:
+            assert torch.equal(steered, plain + vector)
+        else:
+            assert (steered - plain).abs().max() > 0.1
+
+
+def test_zero_vector_is_bitwise_nothing(mini, vector):
+    model, _ = mini
+    tokens = tokens_of(2, 9)
+    assert torch.equal(model(tokens, steer={1: 0 * vector}), model(tokens))
+
+
+def test_bf16_stream_takes_an_fp32_vector_without_rounding_it_first(vector):
+    model = load(MINI, dtype=torch.bfloat16)
+    h = model.blocks(model.embed(tokens_of(1, 5)), 0, 2)
+    steered = model.blocks(model.embed(tokens_of(1, 5)), 0, 2, steer={1: vector})
+    assert torch.equal(steered, (h.float() + vector).bfloat16())
+
+
+@pytest.mark.parametrize("layer", [-1, 4])
+def test_no_such_layer_to_steer(mini, vector, layer):
+    model, _ = mini
+    with pytest.raises(ValueError, match=rf"layer {layer}.*0\.\.3"):
+        model(tokens_of(1, 3), steer={layer: vector})
+    with pytest.raises(ValueError, match=rf"layer {layer}.*0\.\.3"):
+        generate(model, [[1, 2]], 2, eos_id=2, steer={layer: vector})
+
+
+# ---- cache and generation
+
+
+def test_cached_equals_uncached(mini, vector):
+    model, _ = mini
+    tokens, steer = tokens_of(2, 20), {1: vector}
+    whole = model(tokens, steer=steer)
+    cache, parts = KVCache(model, 2, 20), []
+    for start, stop in ((0, 7), (7, 8), (8, 15), (15, 20)):  # prefill, one token, several
+        parts.append(model(tokens[:, start:stop], cache=cache, steer=steer))
+    assert (torch.cat(parts, 1) - whole).abs().max() <= 1e-4
+    assert cache.length == 20
+
+
+def test_unequal_prompts_in_a_batch_equal_one_by_one(mini, vector):
+    model, _ = mini
+    prompts = [tokens_of(1, 30)[0, :n].tolist() for n in (3, 17, 30, 5)]
+    vectors = torch.stack([vector, -vector, 0 * vector, 3 * vector])[:, None]  # (B, 1, dim)
+    together = generate(model, prompts, 24, eos_id=-1, steer={1: vectors})
+    alone = [
+        generate(model, [prompt], 24, eos_id=-1, steer={1: v})[0]
+        for prompt, v in zip(prompts, vectors, strict=True)
+    ]
+    assert together == alone
+    assert len({tuple(row) for row in generate(model, prompts[:1] * 4, 24, -1, {1: vectors})}) > 1
+
+
+def test_each_row_stops_at_its_own_eos(mini):
+    model, _ = mini
+    prompts = [tokens_of(1, 40)[0, i : i + 4].tolist() for i in range(16)]
+    free = generate(model, prompts, 40, eos_id=-1)
+    eos = free[0][5]  # any token that some rows say early, some late, some never
+    rows = generate(model, prompts, 40, eos_id=eos)
+    assert rows == [row[: row.index(eos) + 1] if eos in row else row for row in free]
+    assert len({len(row) for row in rows}) > 2
+
+
+def test_finished_rows_leave_the_batch(mini, monkeypatch):
+    model, _ = mini
+    prompts = [tokens_of(1, 40)[0, i : i + 4].tolist() for i in range(16)]
+    eos = generate(model, prompts, 40, eos_id=-1)[0][5]
+    sizes, embed = [], model.embed
+    monkeypatch.setattr(model, "embed", lambda tokens: sizes.append(len(tokens)) or embed(tokens))
+    generate(model, prompts, 40, eos_id=eos)
+    assert sizes[0] == 16 and sizes[-1] < 16
+
+
+def test_sampling(mini):
+    model, _ = mini
+    prompts = [[1, 5, 9], [1, 7]]
+
+    def draw(**how):
+        return generate(model, prompts, 12, eos_id=-1, **how)
+
+    assert draw(temperature=1.0, seed=3) == draw(temperature=1.0, seed=3)
+    assert draw(temperature=1.0, seed=3) != draw(temperature=1.0, seed=4)
+    assert draw(temperature=1.0, top_p=1e-6) == draw(temperature=1e-5) == draw()
+    alone = generate(model, prompts[:1], 12, eos_id=-1, temperature=1.0, seed=3)
+    assert draw(temperature=1.0, seed=3)[0] == alone[0]
+    for how in (
+        dict(temperature=float("nan")),
+        dict(temperature=-1.0),
+        dict(top_p=0.0),
+        dict(top_p=1.5),
+    ):
+        with pytest.raises(ValueError, match="temperature .* top_p"):
+            draw(**how)
+
+
+def test_sample_follows_the_distribution_and_cuts_at_top_p():
+    logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log().expand(4000, 4)
+    u = (torch.arange(4000) + 0.5)[:, None] / 4000
+    share = llama.sample(logits, 1.0, 1.0, u).bincount(minlength=4) / 4000
+    assert torch.allclose(share, torch.tensor([0.1, 0.5, 0.15, 0.25]), atol=1e-3)
+    share = llama.sample(logits, 1.0, 0.74, u).bincount(minlength=4) / 4000
+    assert torch.allclose(share, torch.tensor([0, 2 / 3, 0, 1 / 3]), atol=1e-3)
+    hot = llama.sample(logits, 0.5, 1.0, u).bincount(minlength=4) / 4000  # p squared, normalised
+    square = torch.tensor([0.1, 0.5, 0.15, 0.25]) ** 2
+    assert torch.allclose(hot, square / square.sum(), atol=1e-3)
+
+
+def test_input_beyond_the_context_is_refused(mini):
+    model, _ = mini
+    with pytest.raises(ValueError, match="513 tokens exceed the model's context of 512"):
+        model(torch.ones(1, 513, dtype=torch.long))
+    with pytest.raises(ValueError, match="513 tokens exceed"):
+        generate(model, [[1] * 500], 13, eos_id=2)
+
+
+# ---- checkpoints
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of golden/mini to break, and a function that rewrites its tensors."""
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.model"):
+        shutil.copy(MINI / name, folder)
+
+    def change(edit):
+        weights = load_file(folder / "model.safetensors")
+        edit(weights)
+        save_file(weights, folder / "model.safetensors")
+
+    return folder, change
+
+
+def shard(folder):
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for i, name in enumerate(sorted(weights)):
+        weight_map[name] = f"model-{i % 3}.safetensors"
+    for file in set(weight_map.values()):
+        save_file({n: weights[n] for n, f in weight_map.items() if f == file}, folder / file)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_sharded_equals_whole(copy):
+    folder, _ = copy
+    shard(folder)
+    tokens = tokens_of(1, 8)
+    assert torch.equal(load(folder)(tokens), load(MINI)(tokens))
+
+
+Q = "model.layers.2.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda w: w.pop(Q), f"lacks tensors: {Q}"),
+        (lambda w: w.update({Q: torch.zeros(32, 31)}), rf"{Q} .*\(32, 31\).*\(32, 32\)"),
+        (lambda w: w.update({Q: torch.zeros(32, 32, dtype=torch.int8)}), f"{Q} .*int8"),
+        (lambda w: w.update({Q + "_g": torch.zeros(1)}), f"left-over tensors: {Q}_g"),
+    ],
+)
+def test_odd_tensors_are_refused_by_name(copy, edit, message):
+    folder, change = copy
+    change(edit)
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+def test_tensors_that_the_index_does_not_list_are_left_over(copy):
+    folder, _ = copy
+    shard(folder)
+    file = folder / "model-1.safetensors"
+    save_file(load_file(file) | {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}, file)
+    with pytest.raises(ValueError, match=r"left-over tensors: .*q_proj.bias"):
+        load(folder)
+
+
+def test_tied_checkpoint_with_a_saved_head(copy):
+    folder, change = copy
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"tie_word_embeddings": True}))
+    with pytest.raises(ValueError, match="tie_word_embeddings is set, but lm_head.weight"):
+        load(folder)
+    change(lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}))
+    tied = load(folder)
+    change(lambda w: w.pop("lm_head.weight"))
+    assert torch.equal(tied(tokens_of(1, 5)), load(folder)(tokens_of(1, 5)))
+
+
+def test_what_is_no_fault(copy):
+    folder, change = copy
+    change(lambda w: w.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    load(folder)  # old files carry this table
+
+
+def test_broken_files(copy):
+    folder, _ = copy
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cannot read .*model.safetensors"):
+        load(folder)
+    file.unlink()
+    with pytest.raises(ValueError, match="neither model.safetensors nor model.safetensors.index"):
+        load(folder)
+
+
+def test_index_that_names_a_missing_file(copy):
+    folder, _ = copy
+    shard(folder)
+    (folder / "model-1.safetensors").unlink()
+    with pytest.raises(ValueError, match="cannot read .*model-1.safetensors"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("attention_bias", True),
+        ("mlp_bias", True),
+        ("hidden_act", "gelu"),
+        ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
+        ("rope_scaling", {"type": "linear", "factor": 4.0}),
+        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
+        ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}),
+        ("quantization_config", {"bits": 4}),
+        ("auto_map", {"AutoModel": "theirs.Model"}),
+        ("is_causal", False),
+        ("partial_rotary_factor", 0.0),
+        ("some_new_field", 3),
+        ("model_type", "gemma"),
+    ],
+)
+def test_config_fields_we_do_not_implement_are_refused_by_name(copy, field, value):
+    folder, _ = copy
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {field: value}))
+    with pytest.raises(ValueError, match=rf"config.json: {field}"):
+        load(folder)
+
+
+def test_config_fields_are_honoured(copy):
+    folder, _ = copy
+    fields = json.loads((folder / "config.json").read_text())
+    fields |= {"model_type": "mistral", "sliding_window": 100, "head_dim": 6, "use_cache": False}
+    fields |= {"rms_norm_eps": 0.5, "tie_word_embeddings": True, "mlp_bias": False}
+    (folder / "config.json").write_text(json.dumps(fields))
+    expected = Config(
+        dim=32, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=6, hidden_dim=88, vocab_size=420,
+        norm_eps=0.5, rope_theta=10000.0, max_seq_len=100, tied=True, family="mistral",
+    )  # fmt: skip
+    assert read_config(folder) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_key_value_heads": 3}, "4 heads cannot share 3"),
+        ({"num_key_value_heads": 0}, "n_kv_heads = 0 is no possible int"),
+        ({"head_dim": 7}, "head_dim 7 is odd"),
+        ({"hidden_size": "32"}, "is malformed"),
+        ({"num_attention_heads": 0}, "is malformed"),
+        ({"rope_scaling": "linear"}, "is malformed"),
+        ({"model_type": ["llama"]}, "is malformed"),
+        ({"vocab_size": 420.5}, "vocab_size = 420.5 is no possible int"),
+        ({"num_hidden_layers": True}, "n_layers = True is no possible int"),
+        ({"rms_norm_eps": -1}, "norm_eps = -1.0 is no possible float"),
+        ({"tie_word_embeddings": "false"}, "tied = 'false' is no possible bool"),
+        ({"hidden_size": None}, "lacks the field 'hidden_size'"),
+    ],
+)
+def test_impossible_config_fields(copy, change, message):
+    folder, _ = copy
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | change))
+    with pytest.raises(ValueError, match=f"config.json.*{message}"):
+        read_config(folder)
+
+
+def test_broken_config_files(copy):
+    folder, _ = copy
+    for text in ("{", "[]", "\0"):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="config.json"):
+            read_config(folder)
+
+
+def test_tied_head_is_the_embedding(mini):
+    model, _ = mini
+    tied = Llama(replace(model.config, tied=True))
+    tied.load_state_dict({k: w for k, w in model.state_dict().items() if k != "output.weight"})
+    h = torch.randn(1, 3, 32)
+    assert torch.allclose(tied.head(h), model.norm(h) @ model.tok_embeddings.weight.T, atol=1e-5)
