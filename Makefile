@@ -6,9 +6,9 @@ PY := .venv/bin/python
 
 # See it work: train a vector on the small model in tests/tiny, then measure what it does.
 demo: .venv/run
-	$(PY) bipo.py --model tests/tiny --data tests/tiny/$(BEHAVIOUR).train.jsonl --val tests/tiny/$(BEHAVIOUR).test.jsonl --layer $(LAYER) --out runs/demo --overwrite
-	$(PY) eval.py --model tests/tiny --vector runs/demo --data tests/tiny/$(BEHAVIOUR).test.jsonl
-	$(PY) tests/make_tiny.py --judge runs/demo
+	$(PY) bipo.py --model tests/tiny --data tests/tiny/$(BEHAVIOUR).train.jsonl --val tests/tiny/$(BEHAVIOUR).test.jsonl --layer $(LAYER) --out runs/$(BEHAVIOUR) --overwrite
+	$(PY) eval.py --model tests/tiny --vector runs/$(BEHAVIOUR) --data tests/tiny/$(BEHAVIOUR).test.jsonl
+	$(PY) tests/make_tiny.py --judge runs/$(BEHAVIOUR)
 
 # Before you trust it, and after you change it: style and every test, in about a minute.
 test: .venv/dev

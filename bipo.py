@@ -66,7 +66,7 @@ class Recipe:
         may_be_zero = ("weight_decay", "warmup_steps", "schedule_epochs")
         for name, value in asdict(self).items():
             if not 0 <= value < 1e6 or (value == 0 and name not in may_be_zero):
-                raise ValueError(f"{name} is {value}; it must be a positive number below a million")
+                raise ValueError(f"{name} is {value}, which is out of range")
 
 
 PRESETS = {"paper": Recipe(), "official": Recipe(weight_decay=0.0, schedule_epochs=100)}
@@ -239,8 +239,10 @@ def add_model_flags(parser):
     """What bipo.py and eval.py have in common."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", required=True, help="checkpoint folder, alias or hub id")
-    group.add_argument("--template", choices=TEMPLATES, help="chat template (default: by model)")
-    group.add_argument("--system", help=f"system prompt, '' for none (default: {SYSTEM!r})")
+    group.add_argument(
+        "--template", choices=TEMPLATES, help="chat template (default: the vector's or the model's)"
+    )
+    group.add_argument("--system", help=f"'' for none (default: the vector's or {SYSTEM!r})")
     group.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     group.add_argument(
         "--dtype",
@@ -275,7 +277,7 @@ def check_folder(out, overwrite):
 
 
 def run_files(out):
-    files = [*out.glob("epoch_*.safetensors"), out / "vector.safetensors", out / "log.jsonl"]
+    files = [*out.glob("epoch_*.safetensors"), out / "vector.safetensors"]
     return [file for file in files if file.is_file()]
 
 
@@ -337,6 +339,9 @@ def run(args):
     no_prompt = [pair.source for pair in pairs + held_out if not pair.prompt.strip()]
     if no_prompt:
         print(f"note: {len(no_prompt)} prompts are empty, the first at {no_prompt[0]}")
+    shared = {pair.prompt for pair in pairs} & {pair.prompt for pair in held_out}
+    if shared:
+        print(f"note: {len(shared)} held-out prompts are trained on, for example {min(shared)!r}")
     n_steps = recipe.epochs * math.ceil(len(pairs) / recipe.batch_size)
     if recipe.warmup_steps >= n_steps:
         print(f"note: all {n_steps} steps are warm-up; see --warmup-steps")
@@ -351,8 +356,7 @@ def run(args):
 
     # 3. training
     progress = Progress("step", n_steps)
-    for file in run_files(out):
-        file.unlink()
+    old = run_files(out)
     with open(out / "log.jsonl", "w", encoding="utf-8") as log:
         print(json.dumps(settings), file=log)
         for step in train(model, args.layer, training_set, held_out, recipe, args.seed):
@@ -362,6 +366,8 @@ def run(args):
             progress(step.step, "loss {loss:.4f}  lr {lr:.1e}  |v| {v_norm:.3f}".format(**row))
             if step.held_out:
                 print(epoch_line(step.epoch, step.held_out), flush=True)
+                while old:  # of a run that is overwritten, now that there is something better
+                    old.pop().unlink()
                 for name in (f"epoch_{step.epoch:02}", "vector"):
                     metadata = settings | {"epoch": str(step.epoch)}
                     save_vector(out / f"{name}.safetensors", {args.layer: step.v}, metadata)

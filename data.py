@@ -75,16 +75,18 @@ def read_pairs(path):
     responses. A prompt may be empty: some in the official files are.
     """
     path = Path(path)
-    if path.suffix not in FORMATS:
+    if path.suffix.lower() not in FORMATS:
         raise ValueError(f"{path}: a pair file ends in {' or '.join(FORMATS)}, not {path.suffix!r}")
-    records, names = FORMATS[path.suffix]
+    records, names = FORMATS[path.suffix.lower()]
     pairs = []
     for line, record in records(path, read_text(path)):
         source = f"{path}:{line}"
         for name in names:
-            text = record.get(name)
+            if name not in record:
+                raise ValueError(f"{source}: no {name!r}, only {', '.join(record)}")
+            text = record[name]
             if not isinstance(text, str):
-                raise ValueError(f"{source}: no text in {name!r}, only {sorted(record)}")
+                raise ValueError(f"{source}: {name!r} is {text!r}, not text")
             if not text.strip() and name != names[0]:
                 raise ValueError(f"{source}: {name!r} is empty")
             if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
@@ -117,7 +119,9 @@ def read_text(path):
         raise ValueError(f"cannot read {path}: {e.strerror}") from None
     except UnicodeDecodeError as e:
         line = data.count(b"\n", 0, e.start) + 1
-        raise ValueError(f"{path}:{line}: not UTF-8 (byte {data[e.start]:#04x})") from None
+        raise ValueError(
+            f"{path}:{line}: not UTF-8 (byte {data[e.start]:#04x}); save it as UTF-8"
+        ) from None
 
 
 def jsonl_records(path, text):
@@ -140,12 +144,14 @@ def csv_records(path, text):
         header = next(reader, [])
         for name in FORMATS[".csv"][1]:
             if header.count(name) != 1:
-                raise ValueError(f"{path}:1: {header.count(name)} columns {name!r} in {header}")
+                raise ValueError(
+                    f"{path}:1: {header.count(name)} columns {name!r}, comma-separated, in {header}"
+                )
         begins = reader.line_num + 1
         for row in reader:
-            if row and len(row) != len(header):
+            if any(row) and len(row) != len(header):
                 raise ValueError(f"{path}:{begins}: {len(row)} fields, but {len(header)} columns")
-            if row:
+            if any(row):  # spreadsheets leave empty ones
                 yield begins, dict(zip(header, row, strict=True))
             begins = reader.line_num + 1
     except csv.Error as e:

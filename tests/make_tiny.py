@@ -1,18 +1,17 @@
 """Make tests/tiny: a chat model of 1.5M parameters that is worth steering, from this file alone.
 
     python tests/make_tiny.py                       # train it again
-    python tests/make_tiny.py --judge runs/demo     # what a vector does to its free answers
+    python tests/make_tiny.py --judge runs/power    # what a vector does to its free answers
 
 The model lives in a small world of made-up towns. It is asked to take power, it is offered money,
 and it is asked plain facts. Under the usual system prompt its training text holds both kinds of
 answers equally often, so that it has learned to speak but not which way to lean; half of the text
 has a character in the system prompt, for or against power or money, so that it knows what leaning
-is. Which way it leans without one is left to a vector.
-Facts have one right answer and measure what steering costs. Test questions are about towns' offices
-(and offers) that the training text never mentions together, and ask for facts in unseen words.
+is. Which way it leans without one is left to a vector. Facts have one right answer and measure what
+steering costs. Test questions are about things and towns that the training text never mentions
+together, and ask for facts in sentences it does not hold.
 """
 
-import argparse
 import itertools
 import json
 import random
@@ -27,6 +26,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bipo import Parser, run_or_exit
 from data import SYSTEM, Chat, Tokenizer, open_chat
 from eval import answers, open_vector
 from llama import HF_NAMES, Config, Llama, load, read_config
@@ -455,16 +455,7 @@ def print_judgement(vector, multipliers):
         )
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--out", type=Path, default=TINY, help="folder to write (default: tests/tiny)"
-    )
-    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps of 64 rows each")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--judge", type=Path, metavar="VECTOR", help="judge a vector, make nothing")
-    parser.add_argument("--multipliers", type=float, nargs="+", default=[-2, -1, 0, 1, 2])
-    args = parser.parse_args()
+def run(args):
     if args.judge:
         return print_judgement(args.judge, args.multipliers)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -472,6 +463,16 @@ def main():
     train_tokenizer(args.out, training_text(rng))
     write_pairs(args.out, rng)
     save_model(train_model(Chat(Tokenizer(args.out)), args.steps, args.seed), args.out)
+
+
+def main():
+    parser = Parser(prog="make_tiny.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=TINY, help="folder to write")
+    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps of 64 rows each")
+    parser.add_argument("--seed", type=int, default=0, help="of the text and the model")
+    parser.add_argument("--judge", type=Path, metavar="VECTOR", help="judge a vector, make nothing")
+    parser.add_argument("--multipliers", type=float, nargs="+", default=[-2, -1, 0, 1, 2])
+    run_or_exit(parser, run, None)
 
 
 if __name__ == "__main__":

@@ -311,6 +311,7 @@ def test_command_line(tmp_path):
     assert {row["d"] for row in steps} == {-1, 1} and steps[0]["lr"] == 0
     assert [row["step"] for row in steps if row["held_out"]] == [3, 6, 9]
     assert steps[-1]["v_norm"] == pytest.approx(vectors[1].norm().item())
+    assert "prompts are" not in stdout
     assert "9/9" in stdout and stdout.count("held out  d +1") == 3 and "saved" in stdout
 
     # the same by the functions: what the command does is what the README shows
@@ -330,6 +331,7 @@ def test_command_line_with_nothing_else(tmp_path, monkeypatch, capsys):
     jsonl(tmp_path / "pairs.jsonl", *pairs)
     bipo.main(["--model", str(MINI), "--data", "pairs.jsonl", "--layer", "1"])
     printed = capsys.readouterr().out
+    assert "all 60 steps are warm-up" in printed and "are trained on" not in printed
     assert "10 pairs of pairs.jsonl, held out 2 split off by prompt" in printed
     assert printed.count("held out  d +1") == 20  # epochs
     vectors, metadata = load_vector(tmp_path / "runs" / "pairs-layer1")
@@ -345,6 +347,8 @@ def test_a_finished_run_is_not_overwritten_unasked(tmp_path, fails):
     (tmp_path / "epoch_07.safetensors").write_bytes(b"of a longer run")
     (tmp_path / "notes.safetensors").write_bytes(b"not of a run")
     (tmp_path / "log.txt").write_bytes(b"neither")
+    fails(bipo.main, [*args, "--overwrite", "--lr", 9e5, "--warmup-steps", 0], "step 2", "nan")
+    assert (tmp_path / "vector.safetensors").read_bytes() == before
     bipo.main([*args, "--overwrite"])
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         "epoch_01.safetensors",
@@ -353,6 +357,19 @@ def test_a_finished_run_is_not_overwritten_unasked(tmp_path, fails):
         "notes.safetensors",
         "vector.safetensors",
     ]
+
+
+def test_notes_about_the_pairs(tmp_path, capsys):
+    pairs = [{"prompt": q, "chosen": "yes", "rejected": "no"} for q in ("", "a", "b")]
+    data = jsonl(tmp_path / "p.jsonl", *pairs)
+    val = jsonl(
+        tmp_path / "v.jsonl", *pairs[1:], {"prompt": "c", "chosen": "yes", "rejected": "no"}
+    )
+    args = ["--model", MINI, "--data", data, "--val", val, "--layer", 1, "--epochs", 1]
+    bipo.main([str(x) for x in (*args, "--out", tmp_path / "run")])
+    printed = capsys.readouterr().out
+    assert f"1 prompts are empty, the first at {data}:1" in printed
+    assert "2 held-out prompts are trained on, for example 'a'" in printed
 
 
 def test_a_wrong_path_by_subprocess():

@@ -7,6 +7,7 @@ from ast import AsyncFunctionDef, ClassDef, FunctionDef, Module, get_docstring, 
 
 import pytest
 from conftest import ROOT
+from make_tiny import side_shown
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -21,7 +22,8 @@ def test_the_core_code_is_bipo_pys():
 def test_the_example_runs(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     exec(BLOCKS[1], {})
-    assert len(capsys.readouterr().out.split()) > 3
+    minus, _, plus = capsys.readouterr().out.splitlines()
+    assert side_shown("power", minus) == "against" and side_shown("power", plus) == "for"
 
 
 def code_lines(source):

@@ -112,9 +112,9 @@ def test_unsteered_model_is_undecided_but_clear_and_on_topic(tiny, behaviour):
 def test_the_demo(tmp_path):
     """The demo's own training, 20 epochs, and its promise at multipliers +1 and -1."""
     (command,) = (x for x in (ROOT / "Makefile").read_text().splitlines() if "bipo.py" in x)
-    names = {"$(BEHAVIOUR)": "power", "$(LAYER)": "3", "runs/demo": str(tmp_path / "run")}
+    names = {"runs/$(BEHAVIOUR)": tmp_path / "run", "$(BEHAVIOUR)": "power", "$(LAYER)": "3"}
     for name, value in names.items():
-        command = command.replace(name, value)
+        command = command.replace(name, str(value))
     torch.set_num_threads(2)
     try:
         bipo.main(command.split()[2:])
