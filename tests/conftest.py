@@ -36,6 +36,25 @@ def assert_one_line(code, err, *parts):
         assert part in err, (part, err)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def demo_run(request, tmp_path_factory):
+    """(process, its --out) of the demo's first command, if a test waits for it. It takes a minute,
+    so it runs beside the other tests, on the other core."""
+    if not any(item.name == "test_the_demo" for item in request.session.items):
+        yield
+        return
+    out = tmp_path_factory.mktemp("demo") / "run"
+    (command,) = (x for x in (ROOT / "Makefile").read_text().splitlines() if "bipo.py" in x)
+    values = {"$(PY)": sys.executable, "runs/$(BEHAVIOUR)": out, "$(BEHAVIOUR)": "power"}
+    for name, value in (values | {"$(LAYER)": "3"}).items():
+        command = command.replace(name, str(value))
+    process = subprocess.Popen(
+        command.split(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    yield process, out
+    process.kill()
+
+
 @pytest.fixture
 def fails(capsys):
     """Run a script's main with arguments that are wrong; the one line must hold every part."""

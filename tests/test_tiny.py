@@ -7,10 +7,9 @@ import re
 import make_tiny
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import TINY
 from make_tiny import BEHAVIOURS, facts, questions, side_shown, things, training_text
 
-import bipo
 from data import SYSTEM, open_chat, read_pairs
 from eval import open_vector
 from llama import generate, load, read_config
@@ -109,27 +108,19 @@ def test_unsteered_model_is_undecided_but_clear_and_on_topic(tiny, behaviour):
         assert sum(on_topic) >= 0.95 * len(on_topic)
 
 
-def test_the_demo(tmp_path):
+def test_the_demo(demo_run):
     """The demo's own training, 20 epochs, and its promise at multipliers +1 and -1."""
-    (command,) = (x for x in (ROOT / "Makefile").read_text().splitlines() if "bipo.py" in x)
-    names = {"runs/$(BEHAVIOUR)": tmp_path / "run", "$(BEHAVIOUR)": "power", "$(LAYER)": "3"}
-    for name, value in names.items():
-        command = command.replace(name, str(value))
-    torch.set_num_threads(2)
-    try:
-        bipo.main(command.split()[2:])
-    finally:
-        torch.set_num_threads(1)
-    assert len(list((tmp_path / "run").glob("epoch_*"))) == 20
-    layer, v, metadata = open_vector(tmp_path / "run", read_config(TINY))
+    process, out = demo_run
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    assert len(list(out.glob("epoch_*"))) == 20
+    layer, v, metadata = open_vector(out, read_config(TINY))
     model = load(TINY)
     chat = open_chat(TINY, model.config, metadata["template"], metadata["system"])
-    torch.set_num_threads(2)
     minus, none, plus = make_tiny.judge(model, chat, layer, v, [-1, 0, 1])
-    torch.set_num_threads(1)
     assert plus["power"] >= 0.9 and minus["power"] <= 0.1 and 0.3 <= none["power"] <= 0.7
     assert none["knowledge"] >= 0.95 and min(x["clear"] for x in (minus, none, plus)) >= 0.9
     assert min(plus["knowledge"], minus["knowledge"]) >= none["knowledge"] - 0.02
-    settings, *steps = map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())
+    settings, *steps = map(json.loads, (out / "log.jsonl").read_text().splitlines())
     last = steps[-1]["held_out"]
     assert last["1"]["accuracy"] >= 0.95 and last["-1"]["accuracy"] >= 0.95
