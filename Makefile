@@ -16,6 +16,10 @@ test: .venv/dev
 	.venv/bin/ruff format --check
 	$(PY) -m pytest -q tests
 
+# How fast and small training is here, beside the official way; a few minutes on an idle machine.
+bench: .venv/dev
+	$(PY) tests/bench.py
+
 # When you changed tests/make_tiny.py: train the small model again, a quarter of an hour.
 tiny: .venv/run
 	$(PY) tests/make_tiny.py
@@ -33,4 +37,4 @@ clean:
 	$(PY) -m pip install -q -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test tiny clean
+.PHONY: demo test bench tiny clean
