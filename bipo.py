@@ -277,6 +277,7 @@ def check_folder(out, overwrite):
 
 
 def run_files(out):
+    """The vector files of a run in this folder."""
     files = [*out.glob("epoch_*.safetensors"), out / "vector.safetensors"]
     return [file for file in files if file.is_file()]
 

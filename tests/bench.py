@@ -47,7 +47,8 @@ def make_pairs(n, seed=0):
     rng = random.Random(seed)
 
     def ids(mean, most):
-        length = round(min(most, max(3, rng.lognormvariate(0, 0.5) * mean * 0.885)))
+        spread = rng.lognormvariate(0, 0.5) * 0.885  # of mean 1, about
+        length = round(min(most, max(3, spread * mean)))
         return [rng.randrange(3, VOCAB_SIZE) for _ in range(length)]
 
     return [
@@ -142,11 +143,8 @@ def product_seconds(shapes):
     """What these products and those of their backward pass, alone, take on this machine."""
     total = 0.0
     for rows, n_in, n_out, count in shapes:
-        x, weight, grad = (
-            torch.randn(rows, n_in),
-            torch.randn(n_out, n_in),
-            torch.randn(rows, n_out),
-        )
+        x, weight = torch.randn(rows, n_in), torch.randn(n_out, n_in)
+        grad = torch.randn(rows, n_out)
         for product in (lambda x=x, w=weight: F.linear(x, w), lambda g=grad, w=weight: g @ w):
             runs = []
             for _ in range(7):
