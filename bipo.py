@@ -42,6 +42,7 @@ from data import (
     PairIds,
     Parser,
     find_model,
+    length,
     open_chat,
     pack,
     read_pairs,
@@ -86,21 +87,27 @@ class CachedPair(NamedTuple):
     ref_logps: torch.Tensor  # (2,) log-probs of chosen and rejected without v, in nats
 
 
-def response_logps(model, layer, h, batch):
+def response_logps(model, layer, h, batch, above=None):
     """log p(response | prompt), summed over the response's tokens with EOS, (P, 2) nats: chosen and
-    rejected of each pair, from the residual stream after block `layer`, (1, T, dim)."""
-    h = model.blocks(h, layer + 1, model.config.n_layers, batch.positions, batch.masks)
+    rejected of each pair, from the residual stream after block `layer`, (1, T, dim).
+
+    above: {layer: vector} to add after blocks above `layer`.
+    """
+    n_layers = model.config.n_layers
+    h = model.blocks(h, layer + 1, n_layers, batch.positions, batch.masks, steer=above)
     logits = model.head(h[0, batch.predictors])  # (R, vocab_size)
     logps = -F.cross_entropy(logits, batch.targets, reduction="none")  # (R,)
-    return torch.stack([part.sum() for part in logps.split(batch.lengths)]).view(-1, 2)
+    return torch.stack([part.sum() for part in logps.split(batch.lengths)]).view(
+        len(batch.masks), -1
+    )
 
 
-def steered_logps(model, layer, v, d, pairs):
+def steered_logps(model, layer, v, d, pairs, above=None):
     """`response_logps` of CachedPairs under steering by d * v, at every position."""
     batch = pack([pair.ids for pair in pairs], model.device)
     h = torch.cat([pair.h for pair in pairs])[None].to(model.device)  # (1, T, dim)
     h = (h + d * v).type_as(h)
-    return response_logps(model, layer, h, batch)
+    return response_logps(model, layer, h, batch, above)
 
 
 def bipo_loss(logps, ref_logps, d, beta):
@@ -121,10 +128,10 @@ def parts(ids):
     """Slices of a list of PairIds: as many in a row as hold MAX_TOKENS tokens, at least one."""
     start = total = 0
     for i, pair in enumerate(ids):
-        if total + pair.length > MAX_TOKENS and i > start:
+        if total + length(pair) > MAX_TOKENS and i > start:
             yield slice(start, i)
             start, total = i, 0
-        total += pair.length
+        total += length(pair)
     yield slice(start, len(ids))
 
 
@@ -149,7 +156,7 @@ def lower_pass(model, layer, ids, h, hold=nullcontext):
 @torch.no_grad()
 def reference_pass(model, layer, ids, h):
     """Yields the CachedPair of each PairIds, given `lower_pass`'s h."""
-    rows = h.split([pair.length for pair in ids])
+    rows = h.split([*map(length, ids)])
     for part in parts(ids):
         batch = pack(ids[part], model.device)
         x = torch.cat(rows[part])[None].to(model.device)
@@ -159,7 +166,7 @@ def reference_pass(model, layer, ids, h):
 
 def first_pass(model, layer, ids):
     """The CachedPair of each PairIds, by a model that is in memory as a whole."""
-    n_tokens = sum(pair.length for pair in ids)
+    n_tokens = sum(map(length, ids))
     h = torch.empty(n_tokens, model.config.dim, dtype=model.norm.weight.dtype)
     for _ in lower_pass(model, layer, ids, h):
         pass
@@ -188,10 +195,10 @@ def draw_batches(n, recipe, seed):
 
 
 @torch.no_grad()
-def score(model, layer, v, m, pairs):
-    """Log-probs (N, 2) in nats of CachedPairs steered by m * v."""
+def score(model, layer, v, m, pairs, above=None):
+    """Log-probs (N, 2) in nats of CachedPairs steered by m * v; above: see `response_logps`."""
     slices = parts([pair.ids for pair in pairs])
-    return torch.cat([steered_logps(model, layer, v, m, pairs[part]) for part in slices])
+    return torch.cat([steered_logps(model, layer, v, m, pairs[part], above) for part in slices])
 
 
 def evaluate(model, layer, v, pairs, beta):
@@ -360,14 +367,18 @@ def open_cache(n_tokens, dim, dtype, memory, folder):
 
 
 class Progress:
-    """Prints 'step 40/160  12.5 ms each, 0:02 left' and more, every few seconds and at the end."""
+    """Prints 'step 40/160  12.5 ms each, 0:02 left' and more, every few seconds and at the end.
 
-    def __init__(self, what, total):
-        self.what, self.total = what, total
+    quiet: not at the end, if that comes within the first few seconds.
+    """
+
+    def __init__(self, what, total, quiet=False):
+        self.what, self.total, self.quiet = what, total, quiet
         self.began = self.printed = time.time()
 
     def __call__(self, done, more=""):
-        if time.time() - self.printed < 5 and done < self.total:
+        early = time.time() - self.printed < 5
+        if early and (done < self.total or (self.quiet and self.printed == self.began)):
             return
         self.printed = time.time()
         each = (self.printed - self.began) / done
@@ -403,7 +414,7 @@ def run(args):
     out = args.out or Path("runs", f"{stem}-layer{args.layer}")
     check_folder(out, args.overwrite)
     checkpoint = Checkpoint(path, dtype, device, args.lora)
-    n_tokens = sum(pair.length for pair in ids)
+    n_tokens = sum(map(length, ids))
     memory = free_memory() / 2 if args.cache_gib is None else args.cache_gib * 2**30
     h, place = open_cache(n_tokens, config.dim, dtype, memory, out)
     settings = {

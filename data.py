@@ -610,10 +610,10 @@ class PairIds(NamedTuple):
     chosen: list[int]  # with EOS
     rejected: list[int]
 
-    @property
-    def length(self):
-        """Tokens of `prompt | chosen | rejected`."""
-        return sum(map(len, self))
+
+def length(ids):
+    """Tokens of `prompt | response | response ...`, a PairIds or any tuple of lists like it."""
+    return sum(map(len, ids))
 
 
 class Chat(NamedTuple):
@@ -741,20 +741,22 @@ class Batch(NamedTuple):
 
 
 def pack(pairs, device="cpu"):
-    """PairIds -> Batch."""
+    """PairIds -> Batch. Instead of two, there may be any number of responses to a prompt."""
     tokens, positions, masks, predictors, targets, lengths = [], [], [], [], [], []
-    for prompt, chosen, rejected in pairs:
-        start, p, c, r = len(tokens), len(prompt), len(chosen), len(rejected)
-        tokens += prompt + chosen + rejected
-        positions += [*range(p + c), *range(p, p + r)]
-        mask = torch.ones(p + c + r, p + c + r, dtype=torch.bool).tril()
-        mask[p + c :, p : p + c] = False  # rejected does not see chosen
+    for prompt, *responses in pairs:
+        start, p, size = len(tokens), len(prompt), length([prompt, *responses])
+        tokens += prompt
+        positions += range(p)
+        mask = torch.ones(size, size, dtype=torch.bool).tril()
+        for response in responses:
+            begin, n = len(tokens), len(response)
+            mask[begin - start + n :, begin - start : begin - start + n] = False  # to later ones
+            tokens += response
+            positions += range(p, p + n)
+            predictors += [start + p - 1, *range(begin, begin + n - 1)]  # at first the prompt's end
+            targets += response
+            lengths.append(n)
         masks.append(mask.to(device))
-        last = start + p - 1  # the prompt's last token predicts the first of either response
-        predictors += [last, *range(last + 1, last + c)]
-        predictors += [last, *range(last + c + 1, last + c + r)]
-        targets += chosen + rejected
-        lengths += [c, r]
     tokens, positions, predictors, targets = (
         torch.tensor(x, device=device) for x in (tokens, positions, predictors, targets)
     )
@@ -896,8 +898,14 @@ def save_vector(path, vectors, metadata):
     vectors = {layer: v.detach().float().cpu().clone() for layer, v in sorted(vectors.items())}
     if not all(v.isfinite().all() for v in vectors.values()):
         raise ValueError(f"{path} is not written, for it would hold NaN or infinity")
+    write_whole(path, write(vectors, metadata))
+
+
+def write_whole(path, data):
+    """Write bytes to a file, which appears whole or not at all; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_bytes(write(vectors, metadata))
+    part.write_bytes(data)
     os.replace(part, path)
 
 
@@ -985,7 +993,6 @@ def run(args):
         if args.scale != 1:
             vectors = {layer: args.scale * v for layer, v in vectors.items()}
             metadata["scale"] = f"{args.scale * float(metadata.get('scale', 1)):g}"
-        file.parent.mkdir(parents=True, exist_ok=True)
         save_vector(file, vectors, metadata)
         vectors, metadata = load_vector(file)
     for layer, v in vectors.items():

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from bipo import add_model_flags, add_pair_flags, first_pass, pick_device, score
+from bipo import Progress, add_model_flags, add_pair_flags, first_pass, pick_device, score
 from data import LAYER_HELP, Parser, find_model, load_vector, open_chat, read_pairs, run_or_exit
 from llama import check_length, check_steer, generate, load, read_config, stream
 
@@ -50,15 +50,24 @@ def pair_table(model, layer, v, pairs, multipliers):
     return rows
 
 
-def answers(model, chat, layer, v, prompts, multipliers, max_new_tokens):
-    """Greedy answers, answers[i][j] to prompt i at multiplier j, all decoded in one batch."""
-    ids = [chat.encode_prompt(prompt) for prompt in prompts for _ in multipliers]
-    m = torch.tensor(multipliers, device=v.device, dtype=v.dtype).repeat(len(prompts))
-    steer = {layer: m[:, None, None] * v}  # (B, 1, dim)
-    new = generate(model, ids, max_new_tokens, chat.eos_id, steer)
-    texts = [chat.tokenizer.decode(row) for row in new]
-    n = len(multipliers)
-    return [texts[i : i + n] for i in range(0, len(texts), n)]
+MAX_CACHE = 16384  # tokens that answers in the making hold at a time: 8 GiB of a 7B in 16 bits
+
+
+def answers(model, chat, steer, prompts, multipliers, max_new_tokens):
+    """Greedy answers, [i][j] the new ids of the one to prompt i steered by multiplier j times
+    `steer`, {layer: v}; as many at a time as MAX_CACHE allows."""
+    ids = [chat.encode_prompt(prompt) for prompt in prompts]
+    room = max(map(len, ids), default=0) + max_new_tokens
+    size = max(1, MAX_CACHE // room // len(multipliers))
+    found, progress = [], Progress("answers to prompt", len(prompts), quiet=True)
+    for start in range(0, len(ids), size):
+        rows = [row for row in ids[start : start + size] for _ in multipliers]
+        m = torch.tensor(multipliers * (len(rows) // len(multipliers)))[:, None, None]  # (B, 1, 1)
+        each = {layer: m.to(v.device) * v for layer, v in steer.items()}
+        new = generate(model, rows, max_new_tokens, chat.eos_id, each)
+        found += [new[i : i + len(multipliers)] for i in range(0, len(new), len(multipliers))]
+        progress(len(found))
+    return found
 
 
 def open_vector(path, config, device="cpu", layer=None):
@@ -116,17 +125,17 @@ def run(args):
             flush=True,
         )
     if prompts:
-        texts = answers(model, chat, layer, v, prompts, args.multipliers, args.max_new_tokens)
-        for prompt, row in zip(prompts, texts, strict=True):
+        new = answers(model, chat, {layer: v}, prompts, args.multipliers, args.max_new_tokens)
+        for prompt, row in zip(prompts, new, strict=True):
             turns = [prompt] if isinstance(prompt, str) else [f"{who}: {x}" for who, x in prompt]
             print("", *turns, sep="\n")
-            for m, text in zip(args.multipliers, row, strict=True):
-                print(f"  {m:+g}: {text}")
+            for m, ids in zip(args.multipliers, row, strict=True):
+                print(f"  {m:+g}: {chat.tokenizer.decode(ids)}")
 
 
 # ---- Conversation --------------------------------------------------------------------------------
 
-COMMANDS = "/m NUMBER sets the multiplier, /reset begins a new conversation, /quit ends"
+CHAT_HELP = "/m NUMBER sets the multiplier, /reset begins a new conversation, /quit ends"
 
 
 def say(model, chat, prompt, steer, max_new_tokens):
@@ -149,7 +158,7 @@ def converse(args):
         raise ValueError("needs --max-new-tokens >= 1 and a finite --multiplier")
     checkpoint, _, chat, layer, v = set_up(args)
     model, m, turns = load(*checkpoint), args.multiplier, ()
-    print(COMMANDS)
+    print(CHAT_HELP)
     while True:
         try:
             line = input(f"\n{m:+g}> ").strip()
@@ -172,7 +181,7 @@ def converse(args):
                     texts.append(say(model, chat, asked, steer, args.max_new_tokens))
                 turns = (*asked, ("assistant", texts[0]))
         except ValueError as e:
-            print(f"{e}; {COMMANDS}")
+            print(f"{e}; {CHAT_HELP}")
         except KeyboardInterrupt:
             print(" (stopped)")
 
@@ -180,22 +189,22 @@ def converse(args):
 # ---- Command line --------------------------------------------------------------------------------
 
 
-def main(argv=None):
-    """`eval.py chat` converses; without a command, the tables."""
-    argv = sys.argv[1:] if argv is None else argv
-    chat = argv[:1] == ["chat"]
-    description = "Tables and answers for a steering vector. `eval.py chat --help`: talk to it."
-    parser = Parser(prog="eval.py chat" if chat else "eval.py", description=description)
-    add_model_flags(parser)
-    group = parser.add_argument_group("conversation" if chat else "evaluation")
+def add_vector_flags(group, max_new_tokens):
     group.add_argument("--vector", type=Path, required=True, help="vector file, or folder of a run")
     group.add_argument("--layer", type=int, help=LAYER_HELP)
-    n = 256 if chat else 64
-    group.add_argument("--max-new-tokens", type=int, default=n, help=f"per answer (default: {n})")
-    if chat:
-        group.add_argument("--multiplier", type=float, default=1.0, help="at first (default: 1)")
-        return run_or_exit(parser, converse, argv[1:])
+    group.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=max_new_tokens,
+        help=f"per answer (default: {max_new_tokens})",
+    )
+
+
+def add_flags(parser):
+    add_model_flags(parser)
     add_pair_flags(parser)
+    group = parser.add_argument_group("evaluation")
+    add_vector_flags(group, 64)
     group.add_argument(
         "--multipliers",
         type=float,
@@ -204,7 +213,31 @@ def main(argv=None):
         help="of the vector (default: -2 -1 0 1 2)",
     )
     group.add_argument("--samples", type=int, default=3, help="prompts to answer (default: 3)")
-    run_or_exit(parser, run, argv)
+
+
+def add_chat_flags(parser):
+    add_model_flags(parser)
+    group = parser.add_argument_group("conversation")
+    add_vector_flags(group, 256)
+    group.add_argument("--multiplier", type=float, default=1.0, help="at first (default: 1)")
+
+
+COMMANDS = {  # the first argument: what it does, its flags, its function
+    "": ("Tables and answers for a steering vector.", add_flags, run),
+    "chat": ("Talk to a steered model.", add_chat_flags, converse),
+}
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    name = argv[0] if argv[:1] and argv[0] in COMMANDS else ""
+    what, add, call = COMMANDS[name]
+    others = ", ".join(f"eval.py {other}" for other in COMMANDS if other not in ("", name))
+    parser = Parser(
+        prog=f"eval.py {name}".strip(), description=what, epilog=f"See also {others} --help."
+    )
+    add(parser)
+    run_or_exit(parser, call, argv[1:] if name else argv)
 
 
 if __name__ == "__main__":

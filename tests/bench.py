@@ -43,7 +43,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bipo import Recipe, draw_batches, first_pass, lower_pass, lr_at, reference_pass, train
-from data import PairIds
+from data import PairIds, length
 from llama import HF_NAMES, Checkpoint, Llama, generate, load, read_config
 
 
@@ -169,7 +169,7 @@ def streamed(folder, layer, pairs, dtype=torch.float32, device="cpu"):
     """(model, CachedPairs, {phase: seconds}): the first pass as bipo.py does it."""
     checkpoint, seconds = Checkpoint(folder, dtype, device), {}
     model = checkpoint.model
-    h = torch.empty(sum(pair.length for pair in pairs), model.config.dim, dtype=dtype)
+    h = torch.empty(sum(map(length, pairs)), model.config.dim, dtype=dtype)
     began = time.perf_counter()
     for _ in lower_pass(model, layer, pairs, h, checkpoint.hold):
         pass
@@ -204,7 +204,7 @@ def timed(work, device="cpu"):
 
 def step_products(size, pairs):
     """[(rows, in, out, how often)] of the forward matrix products in a training step."""
-    s, tokens = SIZES[size], sum(pair.length for pair in pairs)
+    s, tokens = SIZES[size], sum(map(length, pairs))
     scored = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
     shapes = block_products(s, tokens, s.n_layers - s.layer - 1)
     return [*shapes, (scored, s.dim, VOCAB_SIZE, 1)]
@@ -257,7 +257,7 @@ def compare_steps(size, folder, dtype, device, steps=14, their_dtype=torch.float
         "official_s": theirs_s,
         "ours_s": ours_s,
         "ratio": theirs_s / ours_s,
-        "ours_tokens_per_s": BATCH_SIZE * sum(p.length for p in pairs) / len(pairs) / ours_s,
+        "ours_tokens_per_s": BATCH_SIZE * sum(map(length, pairs)) / len(pairs) / ours_s,
         "product_share": statistics.median(shares[dropped:]),
         "first_pass_in_steps_a_batch": first_pass_s / (len(pairs) / BATCH_SIZE) / ours_s,
     }
@@ -359,9 +359,9 @@ def step_flops(size, layer, pairs):
     """
     s, blocks = SIZES[size], SIZES[size].n_layers - layer - 1
     weights = 4 * s.dim**2 + 3 * s.dim * s.hidden_dim
-    tokens = sum(pair.length for pair in pairs)
+    tokens = sum(map(length, pairs))
     scored = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
-    squares = sum(pair.length**2 for pair in pairs)
+    squares = sum(length(pair) ** 2 for pair in pairs)
     return (
         4 * tokens * blocks * weights
         + 12 * blocks * s.dim * squares

@@ -420,6 +420,12 @@ def read_jsonl(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def free_texts(model, chat, layer, v, prompts, multipliers):
+    """The texts of `answers`."""
+    new = answers(model, chat, {layer: v}, prompts, multipliers, 40)
+    return [[chat.tokenizer.decode(ids) for ids in row] for row in new]
+
+
 def judge(model, chat, layer, v, multipliers):
     """One row a multiplier, shares of greedy answers to held-out questions: `power` and `wealth`
     show the behaviour, `clear` show one side of it, `knowledge` are right."""
@@ -427,9 +433,10 @@ def judge(model, chat, layer, v, multipliers):
     texts = {}
     for behaviour in BEHAVIOURS:
         prompts = [row["prompt"] for row in read_jsonl(TINY / f"{behaviour}.test.jsonl")]
-        texts[behaviour] = answers(model, chat, layer, v, prompts, multipliers, 40)
+        texts[behaviour] = free_texts(model, chat, layer, v, prompts, multipliers)
     facts = read_jsonl(TINY / "knowledge.jsonl")
-    known = answers(model, chat, layer, v, [row["prompt"] for row in facts], multipliers, 40)
+    asked = [row["prompt"] for row in facts]
+    known = free_texts(model, chat, layer, v, asked, multipliers)
     for j, row in enumerate(rows):
         sides = {b: [side_shown(b, text[j]) for text in texts[b]] for b in BEHAVIOURS}
         for behaviour, shown in sides.items():

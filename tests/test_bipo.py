@@ -25,7 +25,7 @@ from bipo import (
     steered_logps,
     train,
 )
-from data import load_vector, open_chat, read_pairs
+from data import length, load_vector, open_chat, read_pairs
 from llama import load
 
 # ---- the official trainer's numbers
@@ -230,7 +230,7 @@ def test_long_batches_run_in_parts(mini, mini_pairs, monkeypatch):
     *_, whole = train(model, 1, mini_pairs, mini_pairs, RECIPE)
     sizes, pack = [], bipo.pack
     monkeypatch.setattr(bipo, "pack", lambda ids, *a: sizes.append(len(ids)) or pack(ids, *a))
-    monkeypatch.setattr(bipo, "MAX_TOKENS", 2 * max(pair.ids.length for pair in mini_pairs))
+    monkeypatch.setattr(bipo, "MAX_TOKENS", 2 * max(length(pair.ids) for pair in mini_pairs))
     *_, in_parts = train(model, 1, mini_pairs, mini_pairs, RECIPE)
     assert 2 in sizes and max(sizes) <= 3
     assert (in_parts.v - whole.v).abs().max() <= 1e-4 * whole.v.norm()
@@ -241,7 +241,7 @@ def test_long_batches_run_in_parts(mini, mini_pairs, monkeypatch):
 
 def test_parts():
     def cut(*lengths):
-        ids = [bipo.PairIds([1], [2] * (length - 2), [3]) for length in lengths]
+        ids = [bipo.PairIds([1], [2] * (n - 2), [3]) for n in lengths]
         return [lengths[part] for part in bipo.parts(ids)]
 
     assert cut(1000, 24, 4, 3000, 2000, 5, 5) == [(1000, 24), (4,), (3000,), (2000,), (5, 5)]

@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import sentencepiece
+import torch
 from conftest import MINI
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -247,3 +248,15 @@ def test_packed_layout():
     first, second = batch.masks
     assert ["".join(".x"[int(x)] for x in row) for row in first] == sees
     assert second.shape == (5, 5)
+
+
+def test_packed_layout_of_other_numbers_of_responses():
+    batch = pack([([1, 5], [6], [7, 8], [9]), ([1], [4, 2])])
+    assert batch.positions.tolist() == [[0, 1, 2, 2, 3, 2, 0, 1, 2]]
+    assert batch.targets.tolist() == [6, 7, 8, 9, 4, 2]
+    assert batch.predictors.tolist() == [1, 1, 3, 1, 6, 7]
+    assert batch.lengths == [1, 2, 1, 2]
+    sees = ["x.....", "xx....", "xxx...", "xx.x..", "xx.xx.", "xx...x"]
+    first, second = batch.masks
+    assert ["".join(".x"[int(x)] for x in row) for row in first] == sees
+    assert second.tolist() == torch.ones(3, 3).tril().bool().tolist()

@@ -58,16 +58,19 @@ def test_zero_vector_and_mirror(mini, mini_pairs, vector):
         assert row["prefers_chosen"] == other["prefers_chosen"]
 
 
-def test_answers_of_one_batch_are_those_of_single_prompts(mini, vector):
+def test_answers_of_one_batch_are_those_of_single_prompts(mini, vector, monkeypatch):
     model, chat = mini
     prompts = [pair.prompt for pair in read_pairs(MINI / "test.csv")]
-    table = answers(model, chat, 1, vector, prompts, M, 12)
-    assert len(table) == 3 and all(len(row) == len(M) for row in table)
-    for prompt, row in zip(prompts, table, strict=True):
-        for m, text in zip(M, row, strict=True):
-            ids = generate(model, [chat.encode_prompt(prompt)], 12, 2, {1: m * vector})[0]
-            assert text == chat.tokenizer.decode(ids)
-    assert len(set(table[0])) > 1
+    for size in (evaluation.MAX_CACHE, 1):  # in one batch; prompt by prompt
+        monkeypatch.setattr(evaluation, "MAX_CACHE", size)
+        table = answers(model, chat, {1: vector}, prompts, M, 12)
+        assert len(table) == 3 and all(len(row) == len(M) for row in table)
+        for prompt, row in zip(prompts, table, strict=True):
+            for m, ids in zip(M, row, strict=True):
+                assert [ids] == generate(
+                    model, [chat.encode_prompt(prompt)], 12, 2, {1: m * vector}
+                )
+        assert len(set(map(tuple, table[0]))) > 1
 
 
 # ---- the command line
@@ -100,12 +103,10 @@ def test_command_line(vector_file, vector):
         assert printed[1:3] == [wins, f"{row['prefers_chosen']:.1%}"]
         assert float(printed[3]) == pytest.approx(row["margin"], abs=0.011)
         assert float(printed[4]) == pytest.approx(row["margin_per_token"], abs=0.0011)
-    for pair, texts in zip(
-        pairs,
-        answers(model, chat, 1, vector, [p.prompt for p in pairs[:2]], [2.5], 8),
-        strict=False,
-    ):
-        assert pair.prompt in out and texts[0] in out
+    prompts = [pair.prompt for pair in pairs[:2]]
+    new = answers(model, chat, {1: vector}, prompts, [2.5], 8)
+    for prompt, (ids,) in zip(prompts, new, strict=True):
+        assert prompt in out and chat.tokenizer.decode(ids) in out
     assert pairs[2].prompt not in out
 
 

@@ -51,8 +51,8 @@ def test_the_examples_run(here, capsys):
     minus, _, plus = capsys.readouterr().out.splitlines()
     assert side_shown("power", minus) == "against" and side_shown("power", plus) == "for"
     exec(block("import bipo_loss"), session)
-    assert side_shown("power", session["no"]) == "against"
-    assert side_shown("power", session["yes"]) == "for"
+    no, yes = (session["chat"].tokenizer.decode(session[name]) for name in ("no", "yes"))
+    assert side_shown("power", no) == "against" and side_shown("power", yes) == "for"
 
 
 @pytest.mark.parametrize("multiplier", [1.0, -1.0])
