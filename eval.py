@@ -14,12 +14,61 @@ Needs bipo.py, data.py and llama.py beside it; MIT licence.
 import math
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from bipo import Progress, add_model_flags, add_pair_flags, first_pass, pick_device, score
 from data import LAYER_HELP, Parser, find_model, load_vector, open_chat, read_pairs, run_or_exit
 from llama import check_length, check_steer, generate, load, read_config, stream
+
+
+class Mean(NamedTuple):
+    """A mean and its 95% interval; in JSON [value, low, high]."""
+
+    value: float
+    low: float
+    high: float
+
+
+def mean(values, groups=None):
+    """The Mean of values (N,). The interval is the middle 95% of the means of 1,000 bootstrap
+    samples, which draw whole groups: all pairs of a question, say. groups: a label for each value;
+    by default each is on its own."""
+    values = np.asarray(values, dtype=float)
+    labels = range(len(values)) if groups is None else groups
+    number = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+    group = [number[label] for label in labels]
+    sums, sizes = np.bincount(group, values), np.bincount(group)
+    rng, n = np.random.default_rng(0), len(sums)
+    draws = rng.multinomial(n, np.full(n, 1 / n), size=1000)  # how often each group is drawn
+    means = (draws @ sums) / (draws @ sizes)
+    return Mean(*map(float, (values.mean(), *np.quantile(means, (0.025, 0.975)))))
+
+
+SPECS = {  # how a column's numbers are printed; others are shares
+    "multiplier": "+g",
+    "margin": "+.2f",
+    "margin_per_token": "+.3f",
+}
+
+
+def print_table(title, rows):
+    """Rows are dicts with the same keys, the column headings; values are Means, numbers, texts or
+    None."""
+    lines = [[key.replace("_", " ") for key in rows[0]]]
+    lines += [[cell(value, SPECS.get(key, ".1%")) for key, value in row.items()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    print(f"\n{title}")
+    for line in lines:
+        print("  ".join(map(str.rjust, line, widths)), flush=True)
+
+
+def cell(value, spec):
+    if isinstance(value, Mean):
+        return f"{value.value:{spec}} [{value.low:{spec}}, {value.high:{spec}}]"
+    return "-" if value is None else value if isinstance(value, str) else f"{value:{spec}}"
 
 
 def pair_table(model, layer, v, pairs, multipliers):
