@@ -11,6 +11,8 @@ What the model computes without v never changes: the residual stream up to block
 log-probabilities. The first pass computes both once, one block at a time over all pairs; training
 holds and runs only the blocks above L, on a packed batch (see data.py).
 
+Baselines by --method: positive, which draws d = +1 alone; caa and freeform, see `mean_difference`.
+
 Where we depart from the paper (P) and the official code (C), whose numbers are in tests/golden:
  1. weight decay. P: 0.05. C: 0, the flag is parsed and never used. Ours: --preset paper, official.
  2. cosine schedule. P: over the epochs run. C: over 100, of which 5-20 are run. Ours: the presets.
@@ -43,12 +45,14 @@ from data import (
     Parser,
     find_model,
     length,
+    letter_pairs,
     open_chat,
     pack,
     read_pairs,
     run_or_exit,
     save_vector,
     split_pairs,
+    write_whole,
 )
 from llama import Checkpoint, check_steer, read_config
 
@@ -74,6 +78,9 @@ class Recipe:
 
 
 PRESETS = {"paper": Recipe(), "official": Recipe(weight_decay=0.0, schedule_epochs=100)}
+DIRECTIONS = {"bipo": (-1, 1), "positive": (1, 1)}  # to draw d from; two: the order stays the same
+METHODS = (*DIRECTIONS, "caa", "freeform")
+SEARCH_EPOCHS = 2  # at each candidate for the layer
 
 
 # ---- The objective -------------------------------------------------------------------------------
@@ -136,13 +143,14 @@ def parts(ids):
 
 
 @torch.no_grad()
-def lower_pass(model, layer, ids, h, hold=nullcontext):
+def lower_pass(model, layer, ids, h, hold=nullcontext, start=0):
     """Fill h, (tokens of all PairIds, dim), with the residual stream after block `layer`. Yields
     after each part of each block.
 
     hold: what to enter while block i is in use; `Checkpoint.hold` brings it and lets it go.
+    start: the first block to run; above 0, h holds what comes before it.
     """
-    for i in range(layer + 1):
+    for i in range(start, layer + 1):
         with hold(i):
             stop = 0
             for part in parts(ids):
@@ -155,7 +163,8 @@ def lower_pass(model, layer, ids, h, hold=nullcontext):
 
 @torch.no_grad()
 def reference_pass(model, layer, ids, h):
-    """Yields the CachedPair of each PairIds, given `lower_pass`'s h."""
+    """Yields the CachedPair of each PairIds, given `lower_pass`'s h, of which it holds a view: h
+    filled for another layer makes it that layer's."""
     rows = h.split([*map(length, ids)])
     for part in parts(ids):
         batch = pack(ids[part], model.device)
@@ -185,13 +194,13 @@ def lr_at(step, peak, warmup, horizon):
     return 0.0  # 3. past the horizon
 
 
-def draw_batches(n, recipe, seed):
+def draw_batches(n, recipe, seed, directions=DIRECTIONS["bipo"]):
     """(row numbers, d) of every step: each epoch in a new order, its short last batch kept."""
     rng = random.Random(seed)
     for _ in range(recipe.epochs):
         order = rng.sample(range(n), n)
         for i in range(0, n, recipe.batch_size):
-            yield order[i : i + recipe.batch_size], rng.choice((-1, 1))
+            yield order[i : i + recipe.batch_size], rng.choice(directions)
 
 
 @torch.no_grad()
@@ -266,6 +275,18 @@ def train(model, layer, pairs, held_out, recipe=PRESETS["paper"], seed=0, batche
         numbers = (lr, loss.item(), margin.mean().item(), norm.item())
         epoch = step // per_epoch + 1
         yield Step(step + 1, epoch, rows, d, *numbers, report, logps, v.detach().clone())
+
+
+def mean_difference(pairs, last=False):
+    """Mean over CachedPairs of h at the chosen response minus h at the rejected one, (dim,) fp32.
+    h at a response is the mean over its tokens (freeform) or, by `last`, that at its last token,
+    which is the letter in the pairs of `letter_pairs` (CAA)."""
+    differences = []
+    for ids, h, _ in pairs:
+        _, *sides = h.float().split([*map(len, ids)])
+        chosen, rejected = (h[-1] if last else h.mean(0) for h in sides)
+        differences.append(chosen - rejected)
+    return torch.stack(differences).mean(0)
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -392,15 +413,46 @@ def clock(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
-def run(args):
-    # 1. everything that can be wrong, before any long work
-    began = time.time()
-    flags = {name: getattr(args, name) for name in asdict(Recipe())}
-    recipe = replace(PRESETS[args.preset], **{k: v for k, v in flags.items() if v is not None})
-    path, base_model = find_model(args.model)
-    config = read_config(path)
-    check_steer([args.layer], config.n_layers)
-    chat = open_chat(path, config, args.template, args.system)
+def make_recipe(args):
+    """The preset with the flags that were given. ValueError if there are such, but no training."""
+    flags = {k: x for k in asdict(Recipe()) if (x := getattr(args, k)) is not None}
+    if args.method not in DIRECTIONS and (flags or args.preset):
+        name = next(iter(flags), "preset").replace("_", "-")
+        raise ValueError(f"--method {args.method} does not train: leave out --{name}")
+    return replace(PRESETS[args.preset or "paper"], **flags)
+
+
+def parse_layers(args, n_layers):
+    """The layers that --layer names, ascending. ValueError if there is none, or one too many."""
+    try:
+        layers = sorted({int(x) for x in args.layer.split(",")})
+    except ValueError:
+        if args.layer != "auto":
+            raise ValueError(f"--layer {args.layer!r}: give 15, or 10,13,15, or auto") from None
+        layers = [*range(n_layers // 4, 3 * n_layers // 4 + 1, max(1, n_layers // 16))]
+    check_steer(layers, n_layers)
+    if len(layers) > 1 and args.method not in DIRECTIONS:
+        raise ValueError(f"--method {args.method} cannot choose a layer: give one, not {layers}")
+    return layers
+
+
+def draw_pairs(pairs, most, noise, seed):
+    """(at most `most` of the pairs, in their order, a share `noise` of them with chosen and
+    rejected exchanged; how many are). What a seed draws for less it draws for more too."""
+    rng = random.Random(f"pairs {seed}")
+    kept = sorted(rng.sample(range(len(pairs)), len(pairs))[:most])
+    swapped = set(rng.sample(kept, len(kept))[: round(noise * len(kept))])
+
+    def turned(pair):
+        return pair._replace(chosen=pair.rejected, rejected=pair.chosen)
+
+    return [turned(pairs[i]) if i in swapped else pairs[i] for i in kept], len(swapped)
+
+
+def read_sets(args):
+    """(training pairs, held-out pairs, what they are in words); prints how they were read."""
+    if not 0 <= args.label_noise <= 1 or (args.max_pairs is not None and args.max_pairs < 1):
+        raise ValueError("needs --label-noise from 0 to 1 and --max-pairs >= 1")
     pairs = read_pairs(args.data, args.letters, args.best)
     print(pairs.report)
     if args.val:
@@ -408,10 +460,95 @@ def run(args):
         print(held_out.report)
     else:
         (pairs, held_out), origin = split_pairs(pairs, args.seed), "split off by prompt"
-    ids = [chat.encode_pair(pair, config.max_seq_len) for pair in pairs + held_out]
+    drawn, n_swapped = draw_pairs(pairs, args.max_pairs, args.label_noise, args.seed)
+    what = f"{len(drawn)} pairs of {args.data}"
+    what += f", drawn from {len(pairs)}" if len(drawn) < len(pairs) else ""
+    what += f", chosen and rejected swapped in {n_swapped}" if args.label_noise else ""
+    return drawn, held_out, f"{what}, held out {len(held_out)} {origin}"
+
+
+def print_notes(pairs, held_out):
+    """What may not be meant."""
+    no_prompt = [pair.source for pair in pairs + held_out if not str(pair.prompt).strip()]
+    if no_prompt:
+        print(f"note: {len(no_prompt)} prompts are empty, the first at {no_prompt[0]}")
+    shared = {pair.prompt for pair in pairs} & {pair.prompt for pair in held_out}
+    if shared:
+        example = min(map(str, shared))
+        print(f"note: {len(shared)} held-out prompts are trained on, for example {example!r}")
+
+
+def fill(checkpoint, start, layer, ids, h):
+    """`lower_pass`, streamed from the checkpoint; then the model has the blocks above `layer`."""
+    model, total = checkpoint.model, len(list(parts(ids))) * (layer + 1 - start)
+    progress = Progress(f"first pass, blocks {start}-{layer}:", total)
+    for done, _ in enumerate(lower_pass(model, layer, ids, h, checkpoint.hold, start), 1):
+        progress(done)
+    checkpoint.read(layer + 1, model.config.n_layers)
+
+
+def count_steps(recipe, n):
+    return recipe.epochs * math.ceil(n / recipe.batch_size)
+
+
+def train_aloud(what, args, model, layer, pairs, held_out, recipe):
+    """`train` as --method and --seed say, with progress."""
+    progress = Progress(what, count_steps(recipe, len(pairs)))
+    batches = draw_batches(len(pairs), recipe, args.seed, DIRECTIONS[args.method])
+    for step in train(model, layer, pairs, held_out, recipe, args.seed, batches):
+        progress(step.step, f"loss {step.loss:.4f}  lr {step.lr:.1e}  |v| {step.v.norm():.3f}")
+        yield step
+
+
+def try_layers(args, checkpoint, layers, ids, h, sets, recipe):
+    """What a brief training at each layer, ascending, comes to; prints it as a table. h and the
+    CachedPairs of `sets`, which view it, are those of the first layer and go on to the last."""
+    model, rows = checkpoint.model, []
+    recipe = replace(recipe, epochs=SEARCH_EPOCHS)
+    warmup = min(recipe.warmup_steps, count_steps(recipe, len(sets[0])) // 4)
+    recipe = replace(recipe, warmup_steps=warmup)
+    for before, layer in zip(layers[:1] + layers, layers, strict=False):
+        fill(checkpoint, before + 1, layer, ids, h)
+        *_, last = train_aloud(f"layer {layer}: step", args, model, layer, *sets, recipe)
+        norm, held_out = last.v.norm().item(), last.held_out
+        margin = (held_out[1]["margin"] - held_out[-1]["margin"]) / 2
+        rows.append({"layer": layer, "margin": margin, "held_out": held_out, "v_norm": norm})
+    for row in rows:
+        more = "mean margin {margin:+.2f} nats, |v| {v_norm:.3f}".format(**row)
+        print(f"{held_out_line(row)}  {more}", flush=True)
+    return rows
+
+
+def find_vectors(args, model, layer, pairs, held_out, recipe):
+    """Yields a row of the log and v: after each step, or once if the method does not train."""
+    if args.method in DIRECTIONS:
+        for step in train_aloud("step", args, model, layer, pairs, held_out, recipe):
+            row = {k: x for k, x in step._asdict().items() if not isinstance(x, torch.Tensor)}
+            yield row, step.v
+    else:
+        v = mean_difference(pairs, last=args.method == "caa").to(model.device)
+        yield {"held_out": evaluate(model, layer, v, held_out, recipe.beta)}, v
+
+
+def run(args):
+    # 1. everything that can be wrong, before any long work
+    began = time.time()
+    recipe, trains = make_recipe(args), args.method in DIRECTIONS
+    path, base_model = find_model(args.model)
+    config = read_config(path)
+    layers = parse_layers(args, config.n_layers)
+    chat = open_chat(path, config, args.template, args.system)
+    pairs, held_out, data = read_sets(args)
+    if args.method == "caa":
+        ids = [x for pair in pairs for x in letter_pairs(chat, pair, config.max_seq_len)]
+    else:
+        ids = [chat.encode_pair(pair, config.max_seq_len) for pair in pairs]
+    n = len(ids)  # the others are held out
+    ids += [chat.encode_pair(pair, config.max_seq_len) for pair in held_out]
     device, dtype = pick_device(args.device, args.dtype)
     stem = Path(args.data.name.removesuffix(".gz")).stem
-    out = args.out or Path("runs", f"{stem}-layer{args.layer}")
+    name = f"{stem}-layer{args.layer.replace(',', '-')}-{args.method}".removesuffix("-bipo")
+    out = args.out or Path("runs", name)
     check_folder(out, args.overwrite)
     checkpoint = Checkpoint(path, dtype, device, args.lora)
     n_tokens = sum(map(length, ids))
@@ -422,67 +559,65 @@ def run(args):
         "model_type": config.family,
         "lora": args.lora or "",
         "n_layers": str(config.n_layers),
-        "layer": str(args.layer),
+        "layer": ",".join(map(str, layers)),
         "template": chat.template,
         "system": chat.system,
         "tokenizer": chat.tokenizer.name,
-        "preset": args.preset,
-        "recipe": json.dumps(asdict(recipe)),
+        "method": args.method,
         "seed": str(args.seed),
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
-        "data": f"{len(pairs)} pairs of {args.data}, held out {len(held_out)} {origin}",
+        "data": data,
     }
+    if trains:
+        settings |= {"preset": args.preset or "paper", "recipe": json.dumps(asdict(recipe))}
     for name, value in settings.items():
         print(f"{name:10}  {value}".rstrip())
     print(f"first pass  {place}")
-    no_prompt = [pair.source for pair in pairs + held_out if not str(pair.prompt).strip()]
-    if no_prompt:
-        print(f"note: {len(no_prompt)} prompts are empty, the first at {no_prompt[0]}")
-    shared = {pair.prompt for pair in pairs} & {pair.prompt for pair in held_out}
-    if shared:
-        example = min(map(str, shared))
-        print(f"note: {len(shared)} held-out prompts are trained on, for example {example!r}")
-    n_steps = recipe.epochs * math.ceil(len(pairs) / recipe.batch_size)
-    if recipe.warmup_steps >= n_steps:
-        print(f"note: all {n_steps} steps are warm-up; see --warmup-steps")
+    print_notes(pairs, held_out)
+    if trains and recipe.warmup_steps >= count_steps(recipe, n):
+        print(f"note: all {count_steps(recipe, n)} steps are warm-up; see --warmup-steps")
 
     # 2. what does not depend on v; blocks up to the layer come one at a time, the others stay
-    model, cached, n_parts = checkpoint.model, [], len(list(parts(ids)))
-    progress = Progress(f"first pass, blocks 0-{args.layer}:", n_parts * (args.layer + 1))
-    for done, _ in enumerate(lower_pass(model, args.layer, ids, h, checkpoint.hold), 1):
-        progress(done)
-    checkpoint.read(args.layer + 1, config.n_layers)
+    model, cached, layer = checkpoint.model, [], layers[0]
+    fill(checkpoint, 0, layer, ids, h)
     progress = Progress("first pass, reference: pair", len(ids))
-    for pair in reference_pass(model, args.layer, ids, h):
+    for pair in reference_pass(model, layer, ids, h):
         cached.append(pair)
         progress(len(cached))
-    training_set, held_out = cached[: len(pairs)], cached[len(pairs) :]
+    sets = cached[:n], cached[n:]
+    if len(layers) > 1:
+        rows = try_layers(args, checkpoint, layers, ids, h, sets, recipe)
+        layer = max(rows, key=lambda row: row["margin"])["layer"]
+        write_whole(out / "layers.json", json.dumps({"layer": layer, "tried": rows}).encode())
+        print(f"layer {layer} has the largest margin; the table is saved as {out}/layers.json")
+        settings["layer"] = str(layer)
+        fill(checkpoint, 0, layer, ids, h)
 
-    # 3. training
-    progress = Progress("step", n_steps)
-    old = run_files(out)
+    # 3. the vector
+    old = run_files(out) + [out / "layers.json"] * (len(layers) == 1)
     with open(out / "log.jsonl", "w", encoding="utf-8") as log:
         print(json.dumps(settings | {"first_pass": place}), file=log)
-        for step in train(model, args.layer, training_set, held_out, recipe, args.seed):
-            row = {k: x for k, x in step._asdict().items() if not isinstance(x, torch.Tensor)}
-            row["v_norm"] = step.v.norm().item()
+        for row, v in find_vectors(args, model, layer, *sets, recipe):
+            row["v_norm"] = v.norm().item()
             print(json.dumps(row), file=log, flush=True)
-            progress(step.step, "loss {loss:.4f}  lr {lr:.1e}  |v| {v_norm:.3f}".format(**row))
-            if step.held_out:
-                print(epoch_line(step.epoch, step.held_out), flush=True)
+            if row["held_out"]:
+                names = ["vector"]
+                if trains:
+                    names.append(f"epoch_{row['epoch']:02}")
+                    settings["epoch"] = str(row["epoch"])
+                print(held_out_line(row), flush=True)
                 while old:  # of a run that is overwritten, now that there is something better
-                    old.pop().unlink()
-                for name in (f"epoch_{step.epoch:02}", "vector"):
-                    metadata = settings | {"epoch": str(step.epoch)}
-                    save_vector(out / f"{name}.safetensors", {args.layer: step.v}, metadata)
-    took = clock(time.time() - began)
-    print(f"saved vector.safetensors, a file an epoch and log.jsonl in {out} after {took}")
+                    old.pop().unlink(missing_ok=True)
+                for name in names:
+                    save_vector(out / f"{name}.safetensors", {layer: v}, settings)
+    files = "vector.safetensors, a file an epoch" if trains else "vector.safetensors"
+    print(f"saved {files} and log.jsonl in {out} after {clock(time.time() - began)}")
 
 
-def epoch_line(epoch, held_out):
-    line = f"epoch {epoch:2}  held out"
-    for d, x in held_out.items():
+def held_out_line(row):
+    line = "".join(f"{key} {row[key]:2}  " for key in ("epoch", "layer") if key in row) + "held out"
+    for d, x in row["held_out"].items():
         line += f"  d {d:+d}: loss {x['loss']:.4f}, margin {x['margin']:+6.2f} nats,"
         line += f" accuracy {x['accuracy']:4.0%}"
     return line
@@ -494,17 +629,22 @@ def main(argv=None):
     add_pair_flags(parser)
     group = parser.add_argument_group("held-out pairs and output")
     group.add_argument("--val", type=Path, help="held-out pairs (default: a tenth of the prompts)")
-    group.add_argument("--out", type=Path, help="folder (default: runs/DATA-layerL)")
+    group.add_argument("--out", type=Path, help="folder (default: runs/DATA-layerL[-METHOD])")
     group.add_argument("--overwrite", action="store_true", help="replace a run found in --out")
     group.add_argument(
         "--cache-gib",
         type=float,
         help="memory for the first pass; more goes to a file in --out (default: half of the free)",
     )
+    group.add_argument("--max-pairs", type=int, help="train on at most so many, drawn by the seed")
+    group.add_argument("--label-noise", type=float, default=0, help="share of pairs to swap")
     group = parser.add_argument_group("training (flags win over the preset)")
-    group.add_argument("--layer", type=int, required=True, help="add v after this block, from 0")
-    group.add_argument("--preset", choices=PRESETS, default="paper", help="default: paper")
-    group.add_argument("--seed", type=int, default=0, help="of the split, the order and d")
+    group.add_argument("--layer", required=True, help="v's block, from 0; 10,13 or auto: the best")
+    group.add_argument(
+        "--method", choices=METHODS, default="bipo", help="positive: d = +1; caa, freeform: means"
+    )
+    group.add_argument("--preset", choices=PRESETS, help="default: paper")
+    group.add_argument("--seed", type=int, default=0, help="of split, drawn pairs, order and d")
     group.add_argument("--beta", type=float, help="scale of the margin in the loss, per nat")
     group.add_argument("--lr", type=float, help="peak learning rate")
     group.add_argument("--batch-size", type=int, help="pairs a step")

@@ -697,6 +697,31 @@ class Chat(NamedTuple):
         return PairIds(prompt, *responses)
 
 
+def with_options(prompt, options):
+    """The prompt, a text or a conversation, whose last turn ends with the options as (A), (B)..."""
+    if not isinstance(prompt, str):
+        *before, (role, content) = prompt
+        return (*before, (role, with_options(content, options)))
+    lines = [f"\n ({chr(ord('A') + i)}) {option}" for i, option in enumerate(options)]
+    return f"{prompt}\n\nChoices:{''.join(lines)}"
+
+
+def letter_pairs(chat, pair, max_seq_len=None):
+    """PairIds of the pair as two questions with options, chosen as (A) and chosen as (B). Answers
+    are "(A" and "(B" without EOS, so a response's last token holds the letter. A pair whose answers
+    are letters already is one question, its own. Raises ValueError as `Chat.encode_pair` does."""
+    _, chosen, rejected, source = pair
+    if all(re.fullmatch(r"\([A-Z]\)", answer.strip()) for answer in (chosen, rejected)):
+        asked = [(pair.prompt, chosen.strip()[:2], rejected.strip()[:2])]
+    else:
+        asked = [
+            (with_options(pair.prompt, (chosen, rejected)), "(A", "(B"),
+            (with_options(pair.prompt, (rejected, chosen)), "(B", "(A"),
+        ]
+    ids = [chat.encode_pair(Pair(*each, source), max_seq_len) for each in asked]
+    return [PairIds(prompt, *(x[:-1] for x in responses)) for prompt, *responses in ids]
+
+
 def open_chat(path, config, template=None, system=None):
     """The Chat of the checkpoint in folder `path`. By default its template is the one that its
     chat_template looks like; if it has none, the folder's name or a control token tells, or else

@@ -1,6 +1,7 @@
 import argparse
 import json
 import math
+import re
 import shlex
 import shutil
 import subprocess
@@ -25,7 +26,7 @@ from bipo import (
     steered_logps,
     train,
 )
-from data import length, load_vector, open_chat, read_pairs
+from data import Pair, length, letter_pairs, load_vector, open_chat, read_pairs, with_options
 from llama import load
 
 # ---- the official trainer's numbers
@@ -436,6 +437,223 @@ def test_free_memory(tmp_path):
     assert bipo.free_memory(tmp_path) == 3000
 
 
+# ---- baselines, drawn pairs, the choice of a layer
+
+SETS = ("--model", MINI, "--data", MINI / "train.csv", "--val", MINI / "test.csv")
+
+
+def run_main(out, *args):
+    """(vectors, metadata, rows of the log) of a run with these arguments on mini."""
+    bipo.main([str(x) for x in (*SETS, "--out", out, *args)])
+    return *load_vector(out), [*map(json.loads, (out / "log.jsonl").read_text().splitlines())]
+
+
+def test_letter_pairs(mini):
+    _, chat = mini
+    pair = Pair("Lead?", "Yes.", "No.", "x:1")
+    question, swapped = "Lead?\n\nChoices:\n (A) Yes.\n (B) No.", "Choices:\n (A) No.\n (B) Yes."
+    assert with_options("Lead?", ["Yes.", "No."]) == question
+    assert with_options("q", "xyz") == "q\n\nChoices:\n (A) x\n (B) y\n (C) z"
+    talk = (("system", "Be brief."), ("user", "Hi!"), ("assistant", "Hello."), ("user", "Lead?"))
+    assert with_options(talk, ["Yes.", "No."]) == (*talk[:3], ("user", question))
+
+    def texts(pair):
+        return [[chat.tokenizer.decode(x) for x in ids] for ids in letter_pairs(chat, pair, 512)]
+
+    first, second = texts(pair)
+    assert first[1:] == ["(A", "(B"] and second[1:] == ["(B", "(A"]
+    assert first[0].endswith(f"{question} [/INST]") and swapped in second[0]
+    ((prompt, *letters),) = texts(Pair(question, "(B)", "(A)"))
+    assert prompt == first[0] and letters == ["(B", "(A"]
+    assert chat.eos_id not in sum(sum(map(list, letter_pairs(chat, pair)), []), [])
+    for answers in (("(no)", "(A)"), ("(A)", "(no)")):  # of which one is no letter
+        lines = "Choices:\n (A) {}\n (B) {}".format(*answers)
+        assert lines in texts(Pair("q", *answers))[0][0]
+    with pytest.raises(ValueError, match="x:1: .* context is 9"):
+        letter_pairs(chat, pair, 9)
+
+
+@pytest.mark.parametrize("method", ["caa", "freeform", "letters"])
+def test_mean_differences_by_hand(mini, tmp_path, capsys, method):
+    model, chat = mini
+
+    def h(ids, start):
+        """Mean over the tokens from `start` on of a single sequence, after block 1."""
+        return model.blocks(model.embed(torch.tensor([ids])), 0, 2)[0, start:].mean(0)
+
+    differences, flags, pairs = [], ["--method", method], read_pairs(MINI / "train.csv")
+    for question, chosen, rejected, _ in pairs:
+        if method == "freeform":
+            prompt = chat.encode_prompt(question)
+            ids = [chat.encode([*chat.pieces(question), f" {x}"]) for x in (chosen, rejected)]
+            a, b = (h([*x, chat.eos_id], len(prompt)) for x in ids)
+            differences.append(a - b)
+            continue
+        for texts in ((chosen, rejected), (rejected, chosen)):
+            asked = "{}\n\nChoices:\n (A) {}\n (B) {}".format(question, *texts)
+            a, b = (h(chat.encode([*chat.pieces(asked), f" ({x}"]), -1) for x in "AB")
+            differences.append(a - b if texts[0] == chosen else b - a)
+    if method == "letters":  # the same questions, as a file
+        keys = "question", "answer_matching_behavior", "answer_not_matching_behavior"
+        rows = []
+        for pair in pairs:
+            for options, answers in ((pair[1:3], "AB"), (pair[2:0:-1], "BA")):
+                values = (with_options(pair.prompt, options), *(f" ({x})" for x in answers))
+                rows.append(dict(zip(keys, values, strict=True)))
+        file = jsonl(tmp_path / "letters.jsonl", *rows)
+        flags = ["--method", "caa", "--letters", "--data", file]
+    expected = torch.stack(differences).mean(0)
+    capsys.readouterr()
+    vectors, metadata, (settings, row) = run_main(tmp_path / "run", "--layer", 1, *flags)
+    assert expected.norm() > 0.005 and torch.allclose(vectors[1], expected, atol=1e-6)
+    assert metadata["method"] == settings["method"] == flags[1]
+    assert not {"epoch", "recipe", "preset"} & metadata.keys()
+    names = sorted(file.name for file in (tmp_path / "run").iterdir())
+    assert names == ["log.jsonl", "vector.safetensors"]
+    printed = capsys.readouterr().out
+    assert (
+        printed.count("\nheld out  d +1: loss") == 1 and "saved vector.safetensors and" in printed
+    )
+    held_out = first_pass(model, 1, [chat.encode_pair(x) for x in read_pairs(MINI / "test.csv")])
+    report = evaluate(model, 1, expected, held_out, 0.1)
+    for d in (1, -1):
+        assert row["held_out"][str(d)]["margin"] == pytest.approx(report[d]["margin"], abs=1e-3)
+    assert row["v_norm"] == pytest.approx(expected.norm().item(), rel=1e-4)
+
+
+def test_positive_draws_d_1_alone_in_the_order_of_bipo(mini, mini_pairs, tmp_path):
+    flags = ["--layer", 1, "--epochs", 2, "--warmup-steps", 0, "--lr", 0.02]
+    both, _, (_, *steps) = run_main(tmp_path / "a", *flags)
+    vectors, metadata, (_, *positive) = run_main(tmp_path / "b", *flags, "--method", "positive")
+    assert [row["rows"] for row in positive] == [row["rows"] for row in steps]
+    assert {row["d"] for row in positive} == {1} and {row["d"] for row in steps} == {1, -1}
+    assert metadata["method"] == "positive" and metadata["epoch"] == "2"
+    batches = [(row["rows"], 1) for row in steps]
+    recipe = Recipe(epochs=2, warmup_steps=0, lr=0.02)
+    *_, last = train(mini[0], 1, mini_pairs, [], recipe, batches=batches)
+    assert torch.allclose(last.v, vectors[1], atol=1e-6)
+    assert (both[1] - vectors[1]).norm() > 1e-4
+    long = [
+        [rows for rows, _ in draw_batches(11, Recipe(), 0, bipo.DIRECTIONS[method])]
+        for method in ("bipo", "positive")
+    ]
+    assert long[0] == long[1]
+
+
+def test_drawn_pairs():
+    pairs = [Pair(f"q{i}", f"yes {i}", f"no {i}") for i in range(2000)]
+
+    def draw(most, noise, seed=0):
+        drawn, n_swapped = bipo.draw_pairs(pairs, most, noise, seed)
+        number = [int(pair.prompt[1:]) for pair in drawn]
+        swapped = {i for i, pair in zip(number, drawn, strict=True) if pair.chosen == f"no {i}"}
+        assert n_swapped == len(swapped) and number == sorted(number)
+        sides = [("no {0}", "yes {0}") if i in swapped else ("yes {0}", "no {0}") for i in number]
+        assert [pair[1:3] for pair in drawn] == [
+            (a.format(i), b.format(i)) for i, (a, b) in zip(number, sides, strict=True)
+        ]
+        return number, swapped
+
+    assert draw(None, 0) == draw(2000, 0) == draw(9999, 0) == ([*range(2000)], set())
+    drawn = [draw(most, 0)[0] for most in (1, 7, 20, 2000)]
+    assert [len(x) for x in drawn] == [1, 7, 20, 2000] and drawn[1] != [*range(7)]
+    assert all(set(a) < set(b) for a, b in zip(drawn, drawn[1:], strict=False))
+    noisy = [draw(20, noise) for noise in (0.04, 0.1, 0.5, 1)]
+    assert [len(swapped) for _, swapped in noisy] == [1, 2, 10, 20]
+    assert all(a < b for (_, a), (_, b) in zip(noisy, noisy[1:], strict=False))
+    assert all(kept == drawn[2] for kept, _ in noisy) and noisy[2][1] != set(drawn[2][:10])
+    few, many = draw(None, 0.1)[1], draw(None, 0.5)[1]
+    assert len(few) == 200 and few < many
+    assert draw(7, 0, seed=1)[0] != drawn[1] and draw(20, 0.5, seed=1) != noisy[2]
+
+
+def test_label_noise_and_max_pairs(tmp_path, capsys):
+    flags = ["--layer", 1, "--method", "freeform"]
+    clean, _, (_, row) = run_main(tmp_path / "a", *flags)
+    noisy, metadata, (_, other) = run_main(tmp_path / "b", *flags, "--label-noise", 1)
+    assert torch.allclose(noisy[1], -clean[1], atol=1e-6)
+    for d, x in row["held_out"].items():  # whose pairs are as they were
+        found = other["held_out"][str(-int(d))]["margin"]
+        assert x["margin"] == pytest.approx(found, abs=1e-3) and abs(found) > 0.01
+    assert "11 pairs of" in metadata["data"] and "swapped in 11, held out 3" in metadata["data"]
+    capsys.readouterr()
+    *_, metadata, (settings, _) = run_main(
+        tmp_path / "c", *flags, "--label-noise", 0.3, "--max-pairs", 8
+    )
+    said = f"8 pairs of {MINI / 'train.csv'}, drawn from 11, chosen and rejected swapped in 2, held"
+    assert metadata["data"].startswith(said) and settings["data"] == metadata["data"]
+    assert f"data        {said}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("method", "flags"), [("bipo", []), ("positive", ["--cache-gib", 0])])
+def test_choosing_a_layer(tmp_path, monkeypatch, capsys, method, flags):
+    held, hold, counted = [], llama.Checkpoint.hold, []
+
+    def look(checkpoint, i):
+        held.append(i)
+        lower = [w for block in checkpoint.model.layers[:i] for w in block.parameters()]
+        assert all(w.is_meta for w in lower)
+        return hold(checkpoint, i)
+
+    def count(model, layer, *args, reference_pass=bipo.reference_pass):
+        counted.append(layer)
+        return reference_pass(model, layer, *args)
+
+    common = ["--method", method, "--lr", 0.02]
+    with monkeypatch.context() as patch:
+        patch.setattr(llama.Checkpoint, "hold", look)
+        patch.setattr(bipo, "reference_pass", count)
+        args = ["--layer", "3,1,2", "--epochs", 1, *common]
+        run_main(tmp_path / "run", *args, *flags)
+    printed = capsys.readouterr().out
+    chosen = json.loads((tmp_path / "run" / "layers.json").read_text())
+    assert [row["layer"] for row in chosen["tried"]] == [1, 2, 3]
+    best = {"bipo": 1, "positive": 3}[method]
+    assert held == [0, 1, 2, 3, *range(best + 1)] and counted == [1]
+
+    # the table: that of runs of two epochs at one layer; a quarter of the six steps is warm-up
+    margins = {}
+    for row in chosen["tried"]:
+        args = ["--layer", row["layer"], "--epochs", 2, "--warmup-steps", 1, *common]
+        *_, (_, *steps) = run_main(tmp_path / f"{row['layer']}", *args)
+        assert len(steps) == 6 and row["held_out"] == steps[-1]["held_out"]
+        assert row["v_norm"] == steps[-1]["v_norm"]
+        margins[row["layer"]] = sum(d * row["held_out"][f"{d}"]["margin"] for d in (1, -1)) / 2
+        assert row["margin"] == pytest.approx(margins[row["layer"]])
+        end = "  mean margin {margin:+.2f} nats, |v| {v_norm:.3f}\n".format(**row)
+        (line,) = re.findall(f"^layer {row['layer']:2}  held out  d .*\n", printed, re.MULTILINE)
+        assert line.endswith(end)
+    assert chosen["layer"] == best == max(margins, key=margins.get)
+
+    # the run that follows: that at the layer alone, bitwise
+    vectors, metadata = load_vector(tmp_path / "run")
+    alone, *more = run_main(tmp_path / "plain", "--layer", best, "--epochs", 1, *common)
+    assert torch.equal(vectors[best], alone[best]) and metadata == more[0]
+    run_main(tmp_path / "run", "--layer", best, "--epochs", 1, *common, "--overwrite")
+    assert not (tmp_path / "run" / "layers.json").exists()
+
+
+def test_layers_by_name():
+    def layers(text, n_layers):
+        return bipo.parse_layers(argparse.Namespace(layer=text, method="bipo"), n_layers)
+
+    assert layers("13", 32) == layers("13,13", 32) == [13] and layers("15,3", 32) == [3, 15]
+    assert layers("auto", 32) == [*range(8, 25, 2)] and layers("auto", 4) == [1, 2, 3]
+    assert layers("auto", 80) == [*range(20, 61, 5)]
+    assert layers("auto", 2) == [0, 1] and layers("auto", 1) == [0]
+
+
+def test_default_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for flags, name in (
+        (["--layer", "1,2", "--epochs", 1], "train-layer1-2"),
+        (["--layer", "auto", "--epochs", 1, "--method", "positive"], "train-layerauto-positive"),
+        (["--layer", "1", "--method", "caa"], "train-layer1-caa"),
+    ):
+        bipo.main([str(x) for x in (*SETS, *flags)])
+        assert list(load_vector(tmp_path / "runs" / name)[0]) != []
+
+
 def test_pairs_of_2048_tokens(tmp_path):
     model = tmp_path / "model"
     shutil.copytree(MINI, model)
@@ -513,7 +731,16 @@ def test_user_errors(tmp_path, fails):
     wrong("config.json", model=tmp_path)
     wrong("layer 4", "0..3", layer=4)
     wrong("layer -1", "0..3", layer=-1)
-    wrong("invalid int value", layer="x")
+    wrong("--layer 'x'", "10,13,15", "auto", layer="x")
+    wrong("layer 7", "0..3", layer="1,7")
+    wrong("caa cannot choose a layer", "[1, 2]", layer="1,2", method="caa")
+    wrong("freeform cannot choose a layer", layer="auto", method="freeform")
+    wrong("caa does not train", "--warmup-steps", **{"warmup-steps": 0}, method="caa")
+    wrong("freeform does not train", "--preset", preset="paper", method="freeform")
+    wrong("invalid choice: 'mean'", method="mean")
+    for wrong_share in (-0.1, 1.1, math.nan):
+        wrong("--label-noise from 0 to 1", **{"label-noise": wrong_share})
+    wrong("--max-pairs >= 1", **{"max-pairs": 0})
     wrong("none.csv", data=tmp_path / "none.csv")
     wrong("holds no pairs", data=empty)
     wrong("long.jsonl:1", "context is 512", val=long)
