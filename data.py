@@ -319,12 +319,17 @@ def conversation(*values):
         raise ValueError("chosen and rejected must differ in one last message, the assistant's")
     if context[: len(prompt)] != prompt and not (context and isinstance(values[0], str)):
         context = prompt + context
+    return [(asked(context), chosen[-1][1], rejected[-1][1])]
+
+
+def asked(context):
+    """Turns as Pair.prompt has them. Raises ValueError if their order is another."""
     roles = [role for role, _ in context]
     if not re.fullmatch("s?(ua)*u", "".join(role[0] for role in roles)):
         raise ValueError(
             f"turns {roles}: wanted is user, or system, user, assistant, user and so on"
         )
-    return [(context[0][1] if roles == ["user"] else context, chosen[-1][1], rejected[-1][1])]
+    return context[0][1] if roles == ["user"] else context
 
 
 def transcripts(*values):
@@ -431,6 +436,39 @@ def checked(record, prompt, chosen, rejected):
             raise ValueError(f"the {name} answer is empty")
     "".join([chosen, rejected, *(text for _, text in history)]).encode()  # raises for half a "😀"
     return prompt, chosen, rejected
+
+
+def text_records(path, text):
+    """A line is a prompt."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield f":{number}", {"prompt": line.strip()}
+
+
+def read_prompts(path):
+    """The different prompts of a file, each as in Pair: the lines of .txt that are not blank, or in
+    a container of CONTAINERS the column that PROMPT names, `system` before it if there is one; any
+    maybe with .gz. Raises ValueError with file and line for a record that does not hold one."""
+    path, prompts = Path(path), {}
+    kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
+    containers = {"txt": text_records, **CONTAINERS}
+    if kind not in containers:
+        raise ValueError(f"{path}: a prompt file ends in .{', .'.join(containers)} or that and .gz")
+    for place, record in containers[kind](path, read_text(path)):
+        try:
+            if not isinstance(record, dict):
+                raise ValueError(f"not a JSON object: {record!r:.60}")
+            keys = [key for key in record if key.strip().lower().replace(" ", "_") in PROMPT]
+            if len(keys) != 1:
+                found = f"{' and '.join(keys) or 'none'} of {', '.join(record)}"
+                raise ValueError(f"one column must be the prompt, named {PROMPT[0]}, not {found}")
+            prompt = asked(turns(record[keys[0]]))
+            prompts[checked(record, prompt, "-", "-")[0]] = None  # with answers that pass
+        except ValueError as e:
+            raise ValueError(f"{path}{place}: {e}") from None
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts")
+    return list(prompts)
 
 
 # ---- Tokens --------------------------------------------------------------------------------------
