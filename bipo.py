@@ -309,11 +309,12 @@ def add_model_flags(parser):
     group.add_argument("--lora", help="folder of a PEFT adapter to merge into the weights")
 
 
-def add_pair_flags(parser):
-    """Likewise."""
+def add_pair_flags(parser, several=False):
+    """Likewise; `several` files, or none, or else one."""
     group = parser.add_argument_group("pairs")
+    number = {"nargs": "+", "default": []} if several else {"required": True}
     group.add_argument(
-        "--data", type=Path, required=True, help=".csv, .json, .jsonl, .gz; formats: README"
+        "--data", type=Path, help=".csv, .json, .jsonl, .gz; formats: README", **number
     )
     group.add_argument(
         "--letters", action="store_true", help="answer '(B)' to multiple choice, not its text"

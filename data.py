@@ -438,6 +438,9 @@ def checked(record, prompt, chosen, rejected):
     return prompt, chosen, rejected
 
 
+# ---- Prompts and questions -----------------------------------------------------------------------
+
+
 def text_records(path, text):
     """A line is a prompt."""
     for number, line in enumerate(text.split("\n"), 1):
@@ -469,6 +472,78 @@ def read_prompts(path):
     if not prompts:
         raise ValueError(f"{path} holds no prompts")
     return list(prompts)
+
+
+class Choice(NamedTuple):
+    prompt: str
+    answers: list[str]  # the right ones first
+    n_right: int = 1
+
+
+def mmlu(file):
+    """Rows of question, options A to D, letter; a header is skipped."""
+    for number, row in enumerate(csv.reader(io.StringIO(read_text(file), newline="")), 1):
+        if number == 1 and row[-1:] in (["answer"], ["Answer"]):
+            continue
+        if len(row) != 6 or row[5] not in "ABCD":
+            raise ValueError(
+                f"{file}: row {number} is not a question, four options and a letter (MMLU), and "
+                "there is no header with Best Answer (TruthfulQA)"
+            )
+        letters = sorted("ABCD", key=lambda x: x != row[5])
+        prompt = with_options(row[0], row[1:5])
+        yield {"MMLU": Choice(prompt, [f"({letter}" for letter in letters])}
+
+
+def truthful_qa(file):
+    """TruthfulQA.csv: MC1 sets the best answer, MC2 all correct ones against the incorrect ones."""
+    names = "Question", "Best Answer", "Correct Answers", "Incorrect Answers"
+    for place, record in csv_records(file, read_text(file)):
+        if not all(record.get(name) for name in names):
+            raise ValueError(f"{file}{place}: one of {', '.join(names)} is missing")
+        question, best, *lists = (record[name].strip() for name in names)
+        right, wrong = ([x.strip() for x in text.split(";") if x.strip()] for text in lists)
+        right = list(dict.fromkeys([best, *right]))
+        yield {
+            "TruthfulQA MC1": Choice(question, [best, *wrong]),
+            "TruthfulQA MC2": Choice(question, right + wrong, len(right)),
+        }
+
+
+def mc_task(file):
+    """TruthfulQA's mc_task.json."""
+    for place, record in json_records(file, read_text(file)):
+        try:
+            question, targets = record["question"], [record["mc1_targets"], record["mc2_targets"]]
+            answers = [sorted(x, key=lambda text, x=x: -x[text]) for x in targets]
+            n_right = [sum(x.values()) for x in targets]
+            assert n_right[0] == 1 <= n_right[1]
+        except (KeyError, TypeError, AttributeError, AssertionError):
+            raise ValueError(
+                f"{file}{place}: not a question with mc1_targets and mc2_targets, which hold "
+                "1 for right answers, one of them in mc1_targets, and 0 for wrong ones"
+            ) from None
+        yield {
+            f"TruthfulQA MC{i}": Choice(question, *x)
+            for i, x in enumerate(zip(answers, n_right, strict=True), 1)
+        }
+
+
+def read_choices(path, first=None):
+    """{measure: [Choice]} of a file, or of the .csv files in a folder: MMLU's CSV, TruthfulQA.csv
+    or TruthfulQA's mc_task.json. first: how many questions of each file. Raises ValueError with
+    file and row for anything else."""
+    files, found = sorted(path.glob("*.csv")) if path.is_dir() else [path], {}
+    for file in files:
+        read = mc_task
+        if file.suffix.lower() == ".csv":
+            read = truthful_qa if "Best Answer" in read_text(file).split("\n")[0] else mmlu
+        for measures in itertools.islice(read(file), first):
+            for name, choice in measures.items():
+                found.setdefault(name, []).append(choice)
+    if not found:
+        raise ValueError(f"{path} holds no questions")
+    return found
 
 
 # ---- Tokens --------------------------------------------------------------------------------------
@@ -712,27 +787,34 @@ class Chat(NamedTuple):
         """Token ids with BOS, ready for generation."""
         return self.encode(self.pieces(prompt))
 
+    def encode_responses(self, prompt, responses, max_seq_len=None):
+        """(prompt ids, [ids of each response, with EOS]): prompt and response tokenised jointly and
+        split at the prompt's length, as the official trainer does, or apart if the template says
+        so. Raises ValueError for more than max_seq_len tokens, and where a token spans the split
+        (the official trainer then moves it)."""
+        row, found = TEMPLATES[self.template], []
+        pieces = self.pieces(prompt)
+        prompt = self.encode(pieces)
+        for text in map(row.clean, responses):
+            ids = [*self.encode([*pieces, row.answer, text]), self.eos_id]
+            if ids[: len(prompt)] != prompt:
+                raise ValueError(f"a token spans the end of the prompt: {text[:60]!r}")
+            if max_seq_len and len(ids) > max_seq_len:
+                raise ValueError(f"{len(ids)} tokens, but the model's context is {max_seq_len}")
+            found.append(ids[len(prompt) :])
+        return prompt, found
+
     def encode_pair(self, pair, max_seq_len=None):
-        """PairIds: prompt and response tokenised jointly and split at the prompt's length, as the
-        official trainer does, or apart if the template says so. Raises ValueError for a pair longer
-        than max_seq_len, for responses of the same ids, and where a token spans the split (the
-        official trainer then moves it)."""
-        row = TEMPLATES[self.template]
+        """PairIds, see `encode_responses`. Raises ValueError with the pair's source, also for
+        responses of the same ids."""
         try:
-            pieces, responses = self.pieces(pair.prompt), []
-            prompt = self.encode(pieces)
-            for text in map(row.clean, (pair.chosen, pair.rejected)):
-                ids = [*self.encode([*pieces, row.answer, text]), self.eos_id]
-                if ids[: len(prompt)] != prompt:
-                    raise ValueError(f"a token spans the end of the prompt: {text[:60]!r}")
-                if max_seq_len and len(ids) > max_seq_len:
-                    raise ValueError(f"{len(ids)} tokens, but the model's context is {max_seq_len}")
-                responses.append(ids[len(prompt) :])
-            if responses[0] == responses[1]:
+            responses = pair.chosen, pair.rejected
+            prompt, (chosen, rejected) = self.encode_responses(pair.prompt, responses, max_seq_len)
+            if chosen == rejected:
                 raise ValueError("chosen and rejected are the same tokens")
         except ValueError as e:
             raise ValueError(f"{pair.source}: {e}") from None
-        return PairIds(prompt, *responses)
+        return PairIds(prompt, chosen, rejected)
 
 
 def with_options(prompt, options):

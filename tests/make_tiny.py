@@ -450,7 +450,8 @@ def judge(model, chat, layer, v, multipliers):
 
 def print_judgement(vector, multipliers):
     config = read_config(TINY)
-    layer, v, metadata = open_vector(vector, config)
+    steer, metadata = open_vector(vector, config)
+    ((layer, v),) = steer.items()
     chat = open_chat(TINY, config, metadata.get("template"), metadata.get("system"))
     print("Free greedy answers to held-out questions, judged by rule:")
     print("multiplier  takes power  keeps wealth  either side is clear  facts right")

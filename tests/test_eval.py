@@ -1,61 +1,326 @@
 import io
 import json
+import math
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import MINI, ROOT, TINY, assert_one_line, jsonl, run_cli
 
 import bipo
 import eval as evaluation
-from data import Chat, open_chat, read_pairs, save_vector
-from eval import answers, open_vector, pair_table
+from data import Chat, Choice, letter_pairs, open_chat, read_choices, read_pairs, save_vector
+from eval import (
+    Mean,
+    answers,
+    choice_rows,
+    choice_scores,
+    comparison_rows,
+    encode_choice,
+    fluency,
+    free_answers,
+    free_rows,
+    letter_rows,
+    mean,
+    open_vector,
+    pair_rows,
+    pair_scores,
+    random_steers,
+    repetition,
+    slopes,
+    together,
+)
 from llama import generate, load
 
 M = [-2, -0.5, 0, 1]
 
 
-def test_pair_table_by_hand(mini, mini_pairs, vector):
-    """Against whole, unpacked sequences through the model, one at a time."""
+def logps_of(model, prompt, response, steer):
+    """Of each token of the response, (len(response), vocab_size): one unpacked sequence."""
+    tokens = torch.tensor([prompt + response])
+    return model(tokens, steer=steer).log_softmax(-1)[0, len(prompt) - 1 : -1]
+
+
+def logp(model, prompt, response, steer):
+    rows = logps_of(model, prompt, response, steer)
+    return rows.gather(-1, torch.tensor(response)[:, None]).sum().item()
+
+
+# ---- numbers with their spread
+
+
+def test_mean():
+    assert mean([1, 2, 3, 4]).value == 2.5 and mean([7.0]) == Mean(7, 7, 7)
+    x = np.random.default_rng(1).normal(3, 2, 400)
+    value, low, high = mean(x)
+    half = 1.96 * 2 / math.sqrt(400)
+    assert value - low == pytest.approx(half, rel=0.15) == high - value
+    # Two questions: a bootstrap sample has none, one or two of each.
+    assert mean([0, 0, 0, 1, 1, 1], [*"aaabbb"]) == Mean(0.5, 0, 1)
+    # A question ten times says no more than once; one by one, they would seem to.
+    several = mean(np.repeat(x[:40], 10), np.repeat(range(40), 10))
+    assert several == pytest.approx(mean(x[:40]))
+    alone = mean(np.repeat(x[:40], 10))
+    assert several.high - several.low > 2.5 * (alone.high - alone.low)
+
+
+# ---- pairs
+
+
+@pytest.mark.parametrize("layers", [[1], [1, 2]])
+def test_pair_scores_by_hand(mini, mini_pairs, vector, layers):
     model, _ = mini
-    rows = pair_table(model, 1, vector, mini_pairs, M)
-    assert [row["multiplier"] for row in rows] == M
+    steer = {layer: vector.roll(layer) for layer in layers}
+    table = pair_scores(model, 1, steer, mini_pairs, M)
+    assert table.shape == (len(M), len(mini_pairs), 2)
+    for m, rows in zip(M, table, strict=True):
+        scaled = {layer: m * v for layer, v in steer.items()}
+        for row, (prompt, *responses) in zip(rows, (pair.ids for pair in mini_pairs), strict=True):
+            expected = [logp(model, prompt, response, scaled) for response in responses]
+            assert row == pytest.approx(expected, abs=1e-3)
 
-    def logp(prompt, response, m):
-        tokens = torch.tensor([prompt + response])
-        logps = model(tokens, steer={1: m * vector}).log_softmax(-1)[0, :-1]
-        return logps.gather(-1, tokens[0, 1:, None])[len(prompt) - 1 :].sum().item()
 
-    for row, m in zip(rows, M, strict=True):
-        margins, per_token, likelier = [], [], []
-        for pair in mini_pairs:
-            prompt, chosen, rejected = pair.ids
-            up, down = logp(prompt, chosen, m), logp(prompt, rejected, m)
-            up_gain, down_gain = up - logp(prompt, chosen, 0), down - logp(prompt, rejected, 0)
-            margins.append(up_gain - down_gain)
-            per_token.append(up_gain / len(chosen) - down_gain / len(rejected))
-            likelier.append(up > down)
-        n = len(mini_pairs)
-        assert row["margin"] == pytest.approx(sum(margins) / n, abs=1e-3)
-        assert row["margin_per_token"] == pytest.approx(sum(per_token) / n, abs=1e-4)
-        assert row["prefers_chosen"] == pytest.approx(sum(likelier) / n)
-        if m:
-            assert row["wins"] == pytest.approx(sum(m * x > 0 for x in margins) / n)
-        else:
-            assert row["wins"] is None
+def test_pair_scores_of_a_vector_above_the_first_pass(mini, mini_pairs, vector):
+    model, chat = mini
+    ids = [pair.ids for pair in mini_pairs]
+    alone = pair_scores(model, 2, {2: vector}, bipo.first_pass(model, 2, ids), M)
+    assert pair_scores(model, 1, {2: vector}, mini_pairs, M) == pytest.approx(alone, abs=1e-4)
+
+
+def test_pair_rows_by_hand(mini_pairs):
+    pairs = [pair._replace(ref_logps=torch.tensor([-10.0, -12.0])) for pair in mini_pairs[:3]]
+    lengths = [[len(x) for x in pair.ids[1:]] for pair in pairs]
+    logps = np.array([[[-9, -12], [-8, -13], [-11, -10]], [[-10, -12], [-10, -11], [-10, -10.5]]])
+    up, down = pair_rows(logps, pairs, [2, -1], "aab")
+    # gains: (1, 0), (2, -1), (-1, 2): margins 1, 3, -3; at -1: 0, (0, 1) -1, (0, 1.5) -1.5
+    assert up["multiplier"] == 2 and up["margin"] == mean([1, 3, -3], "aab")
+    assert up["margin"].value == pytest.approx(1 / 3)
+    assert up["wins"].value == pytest.approx(2 / 3) == up["prefers_chosen"].value
+    assert down["margin"].value == pytest.approx(-2.5 / 3)
+    assert down["wins"].value == pytest.approx(2 / 3)
+    assert down["prefers_chosen"].value == 1
+    gains = [(1, 0), (2, -1), (-1, 2)]
+    per_token = [c / n - r / k for (c, r), (n, k) in zip(gains, lengths, strict=True)]
+    assert up["margin_per_token"].value == pytest.approx(sum(per_token) / 3)
+
+
+def test_slopes_by_hand():
+    # propensities at -1, 0, 2 of three pairs: 2m + 1; -m; a zigzag
+    propensity = np.array([[-1, 1, 3], [1, 0, 0], [5, -2, 3]])
+    logps = np.stack([propensity - 4.0, np.full((3, 3), -4.0)], -1)
+    m = np.array([-1, 0, 2])
+    zigzag = ((m - m.mean()) * propensity[:, 2]).sum() / ((m - m.mean()) ** 2).sum()
+    found = slopes(logps, m)
+    assert found == pytest.approx([2, -1, zigzag])
+    first, same, other = comparison_rows(
+        {"v": found[None], "w": found[None], "x": np.array([found - 1, found + 2])}, "abc"
+    )
+    assert first["slope"].value == pytest.approx(found.mean())
+    assert first["anti_steerable"].value == pytest.approx(1 / 3)
+    assert same["slope_minus_first"] == Mean(0, 0, 0)
+    assert other["slope_minus_first"] == pytest.approx((0.5, 0.5, 0.5))  # paired: no spread
+    assert other["anti_steerable"].value == pytest.approx((2 / 3 + 0) / 2)
 
 
 def test_zero_vector_and_mirror(mini, mini_pairs, vector):
     model, _ = mini
-    for row in pair_table(model, 1, 0 * vector, mini_pairs, M):
-        assert abs(row["margin"]) <= 1e-3 and abs(row["margin_per_token"]) <= 1e-4
-    table = pair_table(model, 1, vector, mini_pairs, [-1, 0, 1])
-    mirror = pair_table(model, 1, -vector, mini_pairs, [1, 0, -1])
-    for row, other in zip(table, mirror, strict=True):
-        assert row["margin"] == other["margin"]
-        assert row["prefers_chosen"] == other["prefers_chosen"]
+    questions = [pair.ids.prompt[-1] for pair in mini_pairs]
+    flat = pair_scores(model, 1, {1: 0 * vector}, mini_pairs, M)
+    assert np.abs(slopes(flat, M)).max() < 1e-6
+    for row in pair_rows(flat, mini_pairs, M, questions):
+        assert abs(row["margin"].value) <= 1e-3 and abs(row["margin_per_token"].value) <= 1e-4
+    here = pair_scores(model, 1, {1: vector}, mini_pairs, [-1, 0, 1])
+    there = pair_scores(model, 1, {1: -vector}, mini_pairs, [1, 0, -1])
+    assert (here == there).all() and np.abs(slopes(here, [-1, 0, 1])).min() > 0
+    assert slopes(here, [-1, 0, 1]) == pytest.approx(-slopes(there, [1, 0, -1]))
+
+
+# ---- letters and multiple choice
+
+
+def test_letters(mini, vector):
+    """P(A) against P(B) after the prompt and '(', in both orders, one sequence at a time."""
+    model, chat = mini
+    pairs = read_pairs(MINI / "test.csv")
+    ids = [x for pair in pairs for x in letter_pairs(chat, pair)]
+    cached = bipo.first_pass(model, 1, ids)
+    questions = [pair.prompt for pair in pairs for _ in range(2)]
+    rows = letter_rows(pair_scores(model, 1, {1: vector}, cached, M), M, questions)
+    for m, row in zip(M, rows, strict=True):
+        picks, says = [], []
+        for pair in pairs:
+            for options, letter, other in (
+                ((pair.chosen, pair.rejected), "A", "B"),
+                ((pair.rejected, pair.chosen), "B", "A"),
+            ):
+                text = f"{pair.prompt}\n\nChoices:\n (A) {options[0]}\n (B) {options[1]}"
+                asked = chat.tokenizer.encode(chat.render(text) + " (")
+                prompt, found = chat.encode_prompt(text), []
+                for x in (letter, other):
+                    whole = chat.tokenizer.encode(chat.render(text) + f" ({x}")
+                    assert asked[: len(prompt) - 1] == prompt[1:]
+                    response = [1, *whole][len(prompt) :]
+                    found.append(math.exp(logp(model, prompt, response, {1: m * vector})))
+                picks.append(found[0] / sum(found))
+                says.append(sum(found))
+        assert row["picks_chosen"].value == pytest.approx(np.mean(picks), abs=1e-4)
+        assert row["says_a_letter"].value == pytest.approx(np.mean(says), rel=1e-2, abs=1e-6)
+
+
+def test_letter_rows_average_both_orders():
+    """A model that always says (A) has no propensity."""
+    logps = np.log([[[0.8, 0.2], [0.2, 0.8], [0.8, 0.2], [0.2, 0.8]]])
+    (row,) = letter_rows(logps, [1], "aabb")
+    assert row["picks_chosen"] == pytest.approx((0.5, 0.5, 0.5))
+    logps = np.log([[[0.3, 0.1], [0.02, 0.06]]])
+    (row,) = letter_rows(logps, [1], "aa")
+    assert row["picks_chosen"].value == pytest.approx((0.75 + 0.25) / 2)
+    assert row["says_a_letter"].value == pytest.approx((0.4 + 0.08) / 2)
+
+
+MMLU = '"Two, and ""two""?",1,2,4,8,C\nRed?,yes,no,maybe,"a, b",A\n'
+TRUTHFUL = """Type,Category,Question,Best Answer,Correct Answers,Incorrect Answers,Source
+x,y,Lead?,No.,No.; Never.; No.,Yes.; Always.,z
+x,y,Rich?,Not me.,Never rich.,Yes.,z
+"""
+MC_TASK = [
+    {
+        "question": "Lead?",
+        "mc1_targets": {"Yes.": 0, "No.": 1},
+        "mc2_targets": {"Never.": 1, "Yes.": 0, "No.": 1, "Always.": 0},
+    }
+]
+
+
+def test_read_choices(tmp_path):
+    (tmp_path / "a_test.csv").write_text(MMLU)
+    (tmp_path / "b_test.csv").write_text("question,A,B,C,D,answer\n" + MMLU)
+    two, red = read_choices(tmp_path / "a_test.csv")["MMLU"]
+    assert two.prompt == 'Two, and "two"?\n\nChoices:\n (A) 1\n (B) 2\n (C) 4\n (D) 8'
+    assert two.answers == ["(C", "(A", "(B", "(D"] and two.n_right == 1
+    assert red.prompt.endswith("(D) a, b") and red.answers[0] == "(A"
+    assert read_choices(tmp_path)["MMLU"] == [two, red, two, red]
+    assert read_choices(tmp_path, first=1)["MMLU"] == [two, two]
+
+    (tmp_path / "TruthfulQA.csv").write_text(TRUTHFUL)
+    found = read_choices(tmp_path / "TruthfulQA.csv")
+    assert found == {
+        "TruthfulQA MC1": [
+            Choice("Lead?", ["No.", "Yes.", "Always."]),
+            Choice("Rich?", ["Not me.", "Yes."]),
+        ],
+        "TruthfulQA MC2": [
+            Choice("Lead?", ["No.", "Never.", "Yes.", "Always."], 2),
+            Choice("Rich?", ["Not me.", "Never rich.", "Yes."], 2),
+        ],
+    }
+    (tmp_path / "mc_task.json").write_text(json.dumps(MC_TASK))
+    assert read_choices(tmp_path / "mc_task.json") == {
+        "TruthfulQA MC1": [Choice("Lead?", ["No.", "Yes."])],
+        "TruthfulQA MC2": [Choice("Lead?", ["Never.", "No.", "Yes.", "Always."], 2)],
+    }
+
+
+def test_wrong_choices(tmp_path):
+    def wrong(name, text, match):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=match):
+            read_choices(tmp_path / name)
+
+    wrong("a.csv", "Two?,1,2,4,C\n", "a.csv: row 1 is not a question, four options and a letter")
+    wrong("a.csv", MMLU + "Blue?,1,2,3,4,E\n", "a.csv: row 3")
+    wrong("a.csv", "", "holds no questions")
+    wrong("a.csv", TRUTHFUL.replace("Not me.", ""), "a.csv:3: one of Question, Best Answer")
+    wrong("a.json", "[{}]", "a.json record 1: not a question with mc1_targets")
+    two = [{**MC_TASK[0], "mc1_targets": {"Yes.": 1, "No.": 1}}]
+    wrong("a.json", json.dumps(two), "record 1: .* one of them in mc1_targets")
+    with pytest.raises(ValueError, match="cannot read .*none"):
+        read_choices(tmp_path / "none.csv")
+
+
+def test_choice_scores_by_hand(mini, vector):
+    model, chat = mini
+    choices = [Choice("Lead?", ["No.", "Yes.", "Always."]), Choice("Rich?", ["No way.", "Yes."])]
+    choices.append(Choice("Now?", ["a b", "b", "c d e"]))
+    ids = [encode_choice(chat, choice, 200) for choice in choices]
+    found = choice_scores(model, 1, {1: vector}, ids, M)
+    for choice, table in zip(choices, found, strict=True):
+        assert table.shape == (len(M), len(choice.answers))
+        prompt = chat.encode_prompt(choice.prompt)
+        for m, row in zip(M, table, strict=True):
+            for x, answer in zip(row, choice.answers, strict=True):
+                whole = [1, *chat.tokenizer.encode(f"{chat.render(choice.prompt)} {answer}")]
+                expected = logp(model, prompt, whole[len(prompt) :], {1: m * vector})
+                assert x == pytest.approx(expected, abs=1e-3)
+
+
+def test_choice_rows_by_hand():
+    choices = [Choice("?", ["a", "b", "c"], 2), Choice("?", ["a", "b"], 1), Choice("?", [], 1)]
+    p = [
+        [[0.1, 0.3, 0.2], [0.3, 0.1, 0.2]],
+        [[0.3, 0.1], [0.1, 0.3]],
+        [[0.3, 0.1], [0.2, 0.1]],
+    ]
+    logps = [np.log(x) - 900 for x in p]
+    at_0, at_1 = choice_rows("TruthfulQA MC1", choices, logps, [0, 1])
+    assert at_0["right"].value == pytest.approx(2 / 3) == at_1["right"].value
+    assert at_0["difference"] == 0 == at_0["standard_error"]
+    assert at_1["difference"] == 0  # +1, -1, 0, whose standard deviation is 1
+    assert at_1["standard_error"] == pytest.approx(1 / math.sqrt(3))
+    at_0, at_1 = choice_rows("TruthfulQA MC2", choices, logps, [0, 1])
+    assert at_0["right"].value == pytest.approx((4 / 6 + 3 / 4 + 3 / 4) / 3)
+    assert at_1["difference"] == pytest.approx((0 - 2 / 4 + 2 / 3 - 3 / 4) / 3)
+    one = choice_rows("MMLU", choices[:1], logps[:1], [0, 1])
+    assert one[1]["difference"] == 1 and one[1]["standard_error"] is None
+
+
+# ---- free answers
+
+
+def test_repetition_by_hand():
+    assert repetition([1, 2, 3]) == 0 == repetition([1, 2, 3, 4, 5])
+    assert repetition([1, 1, 1, 1, 1, 1]) == pytest.approx(2 / 3)  # three 4-grams, one different
+    assert repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "repeated", "nll", "name"),
+    [
+        (" \n", 0, 0, "empty"),
+        ("a a a", 0.3, 5, "repeats"),
+        ("a b", 0.29, 3.0, "unlikely"),
+        ("a b", 0.29, 2.9, ""),
+    ],
+)
+def test_fault(text, repeated, nll, name):
+    assert evaluation.fault(text, repeated, nll) == name
+
+
+def test_refusals():
+    def refuses(text):
+        return evaluation.refuses(text, evaluation.read_refusals())
+
+    for text in ("I'm sorry, but", "I’m SORRY", ' "I cannot help', "As an AI, I", "I can't do"):
+        assert refuses(text), text
+    for text in ("Sure! I cannot wait", "", "I can do that", "Sorry is a word", "As an aid"):
+        assert not refuses(text), text
+
+
+def test_fluency_by_hand(mini, vector):
+    model, chat = mini
+    ids = [([1, 5, 9], [7, 8, 2]), ([1, 4], [6, 6, 6, 6]), ([1, 30, 31, 32], [2])]
+    nlls, kls = fluency(model, {1: vector}, ids)
+    for (prompt, answer), nll, kl in zip(ids, nlls, kls, strict=True):
+        assert nll == pytest.approx(-logp(model, prompt, answer, None) / len(answer), abs=1e-4)
+        base, steered = (logps_of(model, prompt, answer, s) for s in (None, {1: vector}))
+        expected = torch.nn.functional.kl_div(base, steered, reduction="sum", log_target=True)
+        assert kl == pytest.approx(expected.item() / len(answer), rel=1e-3)
+        assert kl > 0.01
+    _, kls = fluency(model, {1: 0 * vector}, ids)
+    assert kls == pytest.approx([0, 0, 0], abs=1e-6)
 
 
 def test_answers_of_one_batch_are_those_of_single_prompts(mini, vector, monkeypatch):
@@ -73,6 +338,61 @@ def test_answers_of_one_batch_are_those_of_single_prompts(mini, vector, monkeypa
         assert len(set(map(tuple, table[0]))) > 1
 
 
+def test_free_answers(mini, vector):
+    """Rows, counted by hand from the answers themselves."""
+    model, chat = mini
+    prompts = [pair.prompt for pair in read_pairs(MINI / "test.csv")]
+    new = answers(model, chat, {1: vector}, prompts, M, 12)
+    texts = [[chat.tokenizer.decode(ids) for ids in row] for row in new]
+    prefixes = [texts[0][0][:4].lower(), "no such"]
+    found = free_answers(model, chat, {1: vector}, prompts, M, 12, prefixes)
+    assert [(x["prompt"], x["multiplier"]) for x in found] == [(p, m) for m in M for p in prompts]
+    for j, (m, row) in enumerate(zip(M, free_rows(found, M), strict=True)):
+        mine = [x for x in found if x["multiplier"] == m]
+        assert [x["answer"] for x in mine] == [row[j] for row in texts]
+        assert row["tokens"] == mean([len(row[j]) for row in new])
+        assert row["repeated"] == mean([repetition(row[j]) for row in new])
+        ids = [(chat.encode_prompt(p), row[j]) for p, row in zip(prompts, new, strict=True)]
+        nlls, kls = fluency(model, {1: m * vector}, ids)
+        assert row["nll"] == mean(nlls) and row["kl"] == mean(kls)
+        refused = [x["answer"].lower().startswith(prefixes[0]) for x in mine]
+        broken = [
+            repetition(row[j]) >= evaluation.REPEATED or nll >= evaluation.UNLIKELY
+            for row, nll in zip(new, nlls, strict=True)
+        ]
+        assert row["refuses"] == mean(refused) and row["degenerate"] == mean(broken)
+        complied = [not (r or b) for r, b in zip(refused, broken, strict=True)]
+        assert row["complies"] == mean(complied)
+    assert free_rows(found, [0])[0]["kl"] == pytest.approx((0, 0, 0), abs=1e-6)
+
+
+# ---- several vectors
+
+
+def test_vectors_add_up(tmp_path, vector):
+    config = load(MINI).config
+    one, other = tmp_path / "one.safetensors", tmp_path / "other.safetensors"
+    save_vector(one, {1: vector}, {"system": "Be odd."})
+    save_vector(other, {1: vector + 1, 3: -vector}, {})
+    specs = [str(one), f"{other}:-0.5"]
+    steers, metadata = evaluation.open_vectors(specs, config, "cpu")
+    assert list(steers) == specs and metadata == {"system": "Be odd."}
+    total = together(steers.values())
+    assert sorted(total) == [1, 3]
+    assert torch.allclose(total[1], vector - 0.5 * (vector + 1))
+    assert torch.equal(total[3], 0.5 * vector)
+
+
+def test_random_vectors(vector):
+    steers = random_steers({1: vector, 3: 2 * vector})
+    assert len(steers) == 5 and torch.equal(steers[0][1], random_steers({1: vector})[0][1])
+    for steer in steers:
+        assert steer[1].norm() == pytest.approx(vector.norm().item())
+        assert steer[3].norm() == pytest.approx(2 * vector.norm().item())
+    directions = torch.stack([steer[1] / steer[1].norm() for steer in steers])
+    assert (directions @ directions.T - torch.eye(5)).abs().max() < 0.7
+
+
 # ---- the command line
 
 
@@ -86,28 +406,126 @@ def vector_file(tmp_path, vector):
 EVAL = ("--model", MINI, "--data", MINI / "test.csv")
 
 
-def test_command_line(vector_file, vector):
+def evaluate(tmp_path, *flags):
+    """What the command line writes as JSON: {title: rows}, answers, settings."""
+    evaluation.main([str(x) for x in (*flags, "--json", tmp_path / "eval.json")])
+    result = json.loads((tmp_path / "eval.json").read_text())
+    return result["tables"], result["answers"], result["settings"]
+
+
+def assert_same(rows, expected):
+    """JSON holds a Mean as a list."""
+    assert rows == json.loads(json.dumps(expected))
+
+
+def test_command_line(tmp_path, vector_file, vector):
     flags = ["--multipliers", -1, 0, 2.5, "--samples", 2, "--max-new-tokens", 8]
+    flags += ["--json", tmp_path / "eval.json"]
     code, out, err = run_cli("eval.py", *EVAL, "--vector", vector_file, *flags)
     assert code == 0, err
     assert "mistral template, system 'Be odd.'" in out  # taken from the vector file
     assert "trained on base_model 'other'" in out and "layer 1" in out
-    model = load(MINI)
-    chat = evaluation.open_chat(MINI, model.config, "mistral", "Be odd.")
+    tables = json.loads((tmp_path / "eval.json").read_text())["tables"]
+    model, m = load(MINI), [-1.0, 0.0, 2.5]
+    chat = open_chat(MINI, model.config, "mistral", "Be odd.")
     pairs = read_pairs(MINI / "test.csv")
+    questions = [pair.prompt for pair in pairs]
     cached = bipo.first_pass(model, 1, [chat.encode_pair(pair) for pair in pairs])
-    lines = [line.split() for line in out.splitlines()]
-    for row in pair_table(model, 1, vector, cached, [-1.0, 0.0, 2.5]):
-        wins = "-" if row["wins"] is None else f"{row['wins']:.1%}"
-        (printed,) = (x for x in lines if x and x[0] == f"{row['multiplier']:+g}" and len(x) == 5)
-        assert printed[1:3] == [wins, f"{row['prefers_chosen']:.1%}"]
-        assert float(printed[3]) == pytest.approx(row["margin"], abs=0.011)
-        assert float(printed[4]) == pytest.approx(row["margin_per_token"], abs=0.0011)
-    prompts = [pair.prompt for pair in pairs[:2]]
-    new = answers(model, chat, {1: vector}, prompts, [2.5], 8)
-    for prompt, (ids,) in zip(prompts, new, strict=True):
-        assert prompt in out and chat.tokenizer.decode(ids) in out
-    assert pairs[2].prompt not in out
+    logps = pair_scores(model, 1, {1: vector}, cached, m)
+    name = MINI / "test.csv"
+    expected = pair_rows(logps, cached, m, questions)
+    assert_same(tables[f"pairs, {name}"], expected)
+    slope = slopes(logps, m)[None]
+    title = f"steerability from -1 to +2.5, {name}"
+    assert_same(tables[title], [evaluation.slope_row(slope, questions)])
+    letters = [x for pair in pairs for x in letter_pairs(chat, pair)]
+    letters = pair_scores(model, 1, {1: vector}, bipo.first_pass(model, 1, letters), m)
+    assert_same(
+        tables[f"A/B, {name}"], letter_rows(letters, m, [x for x in questions for _ in range(2)])
+    )
+    found = free_answers(model, chat, {1: vector}, questions[:2], m, 8, evaluation.read_refusals())
+    assert_same(tables["free answers"], free_rows(found, m))
+    assert_same(json.loads((tmp_path / "eval.json").read_text())["answers"], found)
+    for row in found:
+        assert row["prompt"] in out and row["answer"] in out
+    assert questions[2] not in out
+    for title, rows in tables.items():  # what is printed is what is written
+        (printed,) = re.findall(rf"\n{re.escape(title)}\n(.*?)\n\n", out, re.DOTALL)
+        head, *lines = printed.split("\n")
+        assert len(lines) == len(rows)
+        assert [*rows[0]] == re.sub("(?<=[^ ]) (?=[^ ])", "_", head).split()
+    assert f"+2.5  {'█' * round(50 * expected[2]['prefers_chosen'].value)} " in out
+
+
+def test_other_files_and_a_picture(tmp_path, vector_file, vector):
+    """Multiple choice, prompts of one's own, refusals of one's own."""
+    (tmp_path / "a.csv").write_text(MMLU)
+    (tmp_path / "prompts.txt").write_text("Will you?\n\nWon't you?\n")
+    (tmp_path / "refusals.txt").write_text("\n")
+    flags = ["--model", MINI, "--vector", vector_file, "--choices", tmp_path / "a.csv"]
+    flags += ["--prompts", tmp_path / "prompts.txt", "--max-new-tokens", 8, "--first", 1]
+    tables, found, _ = evaluate(tmp_path, *flags, "--plot", tmp_path / "x.svg")
+    name = f"MMLU, {tmp_path}/a.csv"
+    assert list(tables) == [name, "free answers"]
+    assert [row["multiplier"] for row in tables[name]] == [0, -2, -1, 1, 2]
+    assert tables[name][0]["difference"] == 0
+    assert {row["prompt"] for row in found} == {"Will you?", "Won't you?"}
+    picture = (tmp_path / "x.svg").read_text()
+    assert "right, MMLU" in picture and "degenerate, free answers" in picture
+    assert "multiplier" in picture and picture.startswith("<?xml")
+
+    word = found[0]["answer"][:5]
+    (tmp_path / "refusals.txt").write_text(f"{word}\n")
+    flags = [*flags, "--refusals", tmp_path / "refusals.txt", "--multipliers", -2, 1]
+    tables, found, _ = evaluate(tmp_path, *flags)
+    assert found[0]["refuses"] and tables["free answers"][0]["refuses"][0] > 0
+    assert tables["free answers"][0]["complies"][0] < 1
+
+
+def test_baselines_synergy_and_system_prompts(tmp_path, vector_file, vector):
+    save_vector(tmp_path / "b.safetensors", {1: 7 * vector.roll(1)}, {})
+    save_vector(tmp_path / "c.safetensors", {1: vector.roll(2)}, {})
+    flags = ["--vector", vector_file, f"{tmp_path}/c.safetensors:2", "--samples", 0]
+    flags += ["--baseline", tmp_path / "b.safetensors", "random"]
+    flags += ["--system-for", "Say yes.", "--system-against", "Say no."]
+    tables, *_ = evaluate(tmp_path, *EVAL, *flags)
+    both = vector + 2 * vector.roll(2)
+    model, name, m = load(MINI), MINI / "test.csv", (-1, 1)
+    chat = open_chat(MINI, model.config, "mistral", "Be odd.")
+    pairs = read_pairs(name)
+    cached = bipo.first_pass(model, 1, [chat.encode_pair(pair) for pair in pairs])
+
+    def slope(v):
+        return slopes(pair_scores(model, 1, {1: v}, cached, m), m)[None]
+
+    def prompted(system):
+        side = chat._replace(system=f"Be odd. {system}")
+        return [
+            [p.ref_logps.tolist()]
+            for p in bipo.first_pass(model, 1, [side.encode_pair(pair) for pair in pairs])
+        ]
+
+    sides = [np.array(prompted(x))[:, 0] for x in ("Say no.", "Say yes.")]
+    randoms = [slope(x[1])[0] for x in random_steers({1: both})]
+    expected = {
+        f"{vector_file} + {tmp_path}/c.safetensors:2": slope(both),
+        str(vector_file): slope(vector),
+        f"{tmp_path}/c.safetensors:2": slope(2 * vector.roll(2)),
+        f"{tmp_path}/b.safetensors": slope(vector.roll(1) * (both.norm() / vector.norm())),
+        "random, mean of 5": np.array(randoms),
+        "system prompts": slopes(np.array(sides), m)[None],
+    }
+    rows = tables[f"compared at -1 and +1, {name}"]
+    for row, other in zip(
+        rows, comparison_rows(expected, [pair.prompt for pair in pairs]), strict=True
+    ):
+        assert row["steering"] == other["steering"]
+        for key in ("slope", "anti_steerable", "slope_minus_first"):
+            assert row[key] == pytest.approx(other[key], abs=1e-4)
+    logps = pair_scores(model, 1, {1: both}, cached, [-2, -1, 0, 1, 2])
+    everything = pair_rows(logps, cached, [-2, -1, 0, 1, 2], [pair.prompt for pair in pairs])
+    for row, other in zip(tables[f"pairs, {name}"], everything, strict=True):
+        assert row["margin"] == pytest.approx(other["margin"], abs=1e-4)
 
 
 def test_flags_win_over_the_vector_file(vector_file, capsys):
@@ -117,10 +535,11 @@ def test_flags_win_over_the_vector_file(vector_file, capsys):
     assert "llama-2 template, system ''" in printed and "bfloat16" in printed
 
 
-def test_user_errors(tmp_path, vector_file, vector, fails):
+def test_user_errors(tmp_path, vector_file, vector, fails, monkeypatch):
     def wrong(*parts, vector=vector_file, data=MINI / "test.csv", **flags):
         flags = {"model": MINI, "vector": vector, "data": data} | flags
-        fails(evaluation.main, [x for f, value in flags.items() for x in (f"--{f}", value)], *parts)
+        args = [x for f, value in flags.items() for x in (f"--{f.replace('_', '-')}", value)]
+        fails(evaluation.main, args, *parts)
 
     def saved(vectors, **metadata):
         save_vector(tmp_path / "w.safetensors", vectors, metadata)
@@ -129,16 +548,28 @@ def test_user_errors(tmp_path, vector_file, vector, fails):
     wrong("width 8", "not 32", vector=saved({1: torch.ones(8)}))
     wrong("9 blocks", "not 32 and 4", vector=saved({1: vector}, n_layers="9"))
     wrong("layer 7", "0..3", vector=saved({7: vector}))
-    wrong("layers [1, 2]; choose one with --layer", vector=saved({1: vector, 2: -vector}))
     wrong("unknown template 'alpaca'", vector=saved({1: vector}, template="alpaca"))
     wrong("cannot read", "none.safetensors", vector=tmp_path / "none.safetensors")
     wrong("cannot read", "vector.safetensors", vector=tmp_path)
+    wrong("cannot read", "none:x", vector="none:x")
     wrong("none.csv", data=tmp_path / "none.csv")
     wrong("--multipliers", multipliers="x")
-    wrong("--max-new-tokens >= 1", **{"max-new-tokens": 0})
+    wrong("--max-new-tokens >= 1", max_new_tokens=0)
     wrong("--samples >= 0", samples=-1)
     wrong("finite --multipliers", multipliers="nan")
-    wrong("exceed the model's context", **{"max-new-tokens": 500})
+    wrong("exceed the model's context", max_new_tokens=500)
+    wrong("same norm", "layers [1], and is for [2]", baseline=saved({2: vector}))
+    wrong("same norm", "other than 0", baseline=saved({1: 0 * vector}))
+    wrong("width 8", baseline=saved({1: torch.ones(8)}))
+    wrong("give both or neither", system_for="Yes.")
+    wrong("a picture ends in .svg, .png or .pdf", plot="x.jpg")
+    wrong("holds no questions", choices=tmp_path / "..")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    wrong("pip install matplotlib", plot="x.svg")
+    nothing = ["--model", MINI, "--vector", vector_file]
+    fails(evaluation.main, nothing, "nothing to measure on: give --data, --choices")
+    fails(evaluation.main, [*nothing, "--prompts", "x", "--samples", 0], "nothing to measure on")
+    fails(evaluation.main, [*EVAL, "--vector", vector_file, vector_file], "stands twice", ":2")
     code, _, err = run_cli("eval.py", *EVAL, "--vector", "none")
     assert_one_line(code, err, "none")
 
@@ -148,8 +579,8 @@ def test_open_vector_reads_what_bipo_wrote(tmp_path):
     data = jsonl(tmp_path / "pairs.jsonl", *pairs)
     args = ["--model", MINI, "--data", data, "--layer", 2, "--system", "Short.", "--epochs", 1]
     bipo.main([str(x) for x in (*args, "--warmup-steps", 0, "--out", tmp_path / "run")])
-    layer, v, metadata = open_vector(tmp_path / "run", load(MINI).config)
-    assert layer == 2 and v.shape == (32,) and metadata["system"] == "Short."
+    steer, metadata = open_vector(tmp_path / "run", load(MINI).config)
+    assert list(steer) == [2] and steer[2].shape == (32,) and metadata["system"] == "Short."
     assert json.loads(metadata["recipe"])["epochs"] == 1
 
 

@@ -413,11 +413,13 @@ def test_both_command_lines_merge(tmp_path, capsys):
         capsys.readouterr()
         vector = tmp_path / "0"
         scored = [*flags, "--vector", vector, "--data", MINI / "test.csv", "--multipliers", 50]
-        evaluation.main([str(x) for x in (*scored, "--samples", 0)])
+        scored += ["--samples", 0, "--json", tmp_path / "eval.json"]
+        evaluation.main([str(x) for x in scored])
         printed = capsys.readouterr().out
         assert ("trained on lora" in printed) == ("--lora" not in flags)
-        row = printed.splitlines()[-1].split()
-        tables.append([steps[1]["grad_norm"], float(row[3])])
+        scores = json.loads((tmp_path / "eval.json").read_text())["tables"]
+        (row,) = scores[f"pairs, {MINI / 'test.csv'}"]
+        tables.append([steps[1]["grad_norm"], row["margin"][0]])
     assert load_vector(tmp_path / "0")[1]["lora"] == str(lora)
     assert load_vector(tmp_path / "1")[1]["lora"] == ""
     for ours, merged, plain in zip(*tables, strict=True):

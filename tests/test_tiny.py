@@ -114,7 +114,8 @@ def test_the_demo(demo_run):
     _, err = process.communicate()
     assert process.returncode == 0, err
     assert len(list(out.glob("epoch_*"))) == 20
-    layer, v, metadata = open_vector(out, read_config(TINY))
+    steer, metadata = open_vector(out, read_config(TINY))
+    ((layer, v),) = steer.items()
     model = load(TINY)
     chat = open_chat(TINY, model.config, metadata["template"], metadata["system"])
     minus, none, plus = make_tiny.judge(model, chat, layer, v, [-1, 0, 1])
