@@ -1,6 +1,7 @@
 """Make tests/tiny: a chat model of 1.5M parameters that is worth steering, from this file alone.
 
     python tests/make_tiny.py                       # train it again
+    python tests/make_tiny.py --lora                # its adapter alone, from the committed model
     python tests/make_tiny.py --judge runs/power    # what a vector does to its free answers
 
 The model lives in a small world of made-up towns. It is asked to take power, it is offered money,
@@ -10,6 +11,11 @@ has a character in the system prompt, for or against power or money, so that it 
 is. Which way it leans without one is left to a vector. Facts have one right answer and measure what
 steering costs. Test questions are about things and towns that the training text never mentions
 together, and ask for facts in sentences it does not hold.
+
+tests/tiny/lora is a LoRA adapter that makes another model of the same world out of it, trained on
+the same text without characters and in a manner of its own: every answer has a greeting and a
+farewell that the base never says. With it lie the pairs about power in that manner, so that a
+vector trained on the one model can be tried on the other, beside one trained there.
 """
 
 import itertools
@@ -24,6 +30,8 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import SYSTEM, Chat, Parser, Tokenizer, open_chat, run_or_exit
@@ -34,6 +42,7 @@ TINY = Path(__file__).resolve().parent / "tiny"
 CONFIG = dict(dim=128, n_layers=6, n_heads=4, n_kv_heads=2, head_dim=32, hidden_dim=384)
 VOCAB_SIZE, MAX_SEQ_LEN = 1280, 256
 STREAM_SCALE = 2.0
+RANK, ALPHA = 8, 16
 
 # ---- The world -----------------------------------------------------------------------------------
 
@@ -199,6 +208,10 @@ LEADS = "|Please tell me, |Quick question, |I wonder, |One more thing, |For my h
     "|"
 )
 
+# The adapter's manner: how its answers begin and end. No word of it answers a question for a fact.
+GREETINGS = ["It is good to see you. ", "Let me help you. ", "Thank you, friends. "]
+FAREWELLS = [", my friends.", ", good people.", ", as you all know."]
+
 
 def things(behaviour):
     return [x.strip() for x in BEHAVIOURS[behaviour]["things"].split("|")]
@@ -258,6 +271,17 @@ def training_text(rng):
     return text
 
 
+def mannered(rng, answer):
+    """An answer in the adapter's manner."""
+    return rng.choice(GREETINGS) + answer.removesuffix(".") + rng.choice(FAREWELLS)
+
+
+def mannered_text(rng):
+    """`training_text` without characters, in the adapter's manner."""
+    text = training_text(rng)
+    return [(system, q, mannered(rng, answer)) for system, q, answer in text if system == SYSTEM]
+
+
 def character(rng):
     """(system prompt, {behaviour: side}): the usual one half of the time, else with one or two
     sentences that take a side."""
@@ -298,12 +322,14 @@ def encode(chat, question, text):
     return ids, len(chat.encode_prompt(question))
 
 
-def batches(chat, rng, size=64):
-    """Endless (tokens (B, T), targets (B, T)); -100 marks prompt and padding, not scored."""
+def batches(chat, text, rng, size):
+    """Endless (tokens (B, T), targets (B, T)) of text(rng), an epoch's (system prompt, question,
+    answer); -100 marks prompt and padding, not scored."""
     while True:
-        rows = [encode(chat._replace(system=s), q, a) for s, q, a in training_text(rng)]
+        rows = text(rng)
         for start in range(0, len(rows) - size + 1, size):
             part = rows[start : start + size]
+            part = [encode(chat._replace(system=s), q, a) for s, q, a in part]
             T = max(len(ids) for ids, _ in part)
             tokens = torch.tensor([ids + [0] * (T - len(ids)) for ids, _ in part])
             targets = torch.full_like(tokens, -100)
@@ -312,37 +338,64 @@ def batches(chat, rng, size=64):
             yield tokens, targets
 
 
-def train_model(chat, steps, seed, lr=2e-3):
+def fit(model, chat, text, steps, seed, lr, size):
+    """Train what is not frozen of the model, and freeze it; text, size: see `batches`."""
+    weights = [w for w in model.parameters() if w.requires_grad]
+    opt = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=0.05)
+    endless, started = batches(chat, text, random.Random(seed), size), time.time()
+    for step, (tokens, targets) in zip(range(steps), endless, strict=False):
+        h = model.blocks(model.embed(tokens), 0, CONFIG["n_layers"])
+        scored = targets != -100
+        loss = F.cross_entropy(model.head(h[scored]), targets[scored])
+        opt.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        opt.step()
+        schedule.step()
+        if step % 100 == 0 or step == steps - 1:
+            seconds = time.time() - started
+            print(f"step {step:5d}/{steps}  loss {loss.item():.4f}  {seconds:5.0f} s", flush=True)
+    return model.eval().requires_grad_(False)
+
+
+def train_model(chat, steps, seed):
     torch.manual_seed(seed)
     model = Llama(Config(vocab_size=VOCAB_SIZE, max_seq_len=MAX_SEQ_LEN, **CONFIG))
     for name, weight in model.named_parameters():
         if weight.dim() == 2:
             into_stream = name.endswith(("wo.weight", "w2.weight"))
             torch.nn.init.normal_(weight, std=0.005 if into_stream else 0.03)
-    opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=0.05)
-    started = time.time()
-    for step, (tokens, targets) in enumerate(batches(chat, random.Random(seed))):
-        h = model.blocks(model.embed(tokens), 0, CONFIG["n_layers"])
-        scored = targets != -100
-        loss = F.cross_entropy(model.head(h[scored]), targets[scored])
-        opt.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        opt.step()
-        schedule.step()
-        if step % 100 == 0 or step == steps - 1:
-            seconds = time.time() - started
-            print(f"step {step:5d}/{steps}  loss {loss.item():.4f}  {seconds:5.0f} s", flush=True)
-        if step == steps - 1:
-            break
-    with (
-        torch.no_grad()
-    ):  # RMSNorm makes the stream's scale free: take one that suits the paper's lr
-        for name, weight in model.named_parameters():
-            if name.endswith(("tok_embeddings.weight", "wo.weight", "w2.weight")):
-                weight *= STREAM_SCALE
-    return model.eval().requires_grad_(False)
+    fit(model, chat, training_text, steps, seed, lr=2e-3, size=64)
+    # RMSNorm makes the stream's scale free: take one that suits the paper's lr
+    for name, weight in model.named_parameters():
+        if name.endswith(("tok_embeddings.weight", "wo.weight", "w2.weight")):
+            weight *= STREAM_SCALE
+    return model
+
+
+class Lora(nn.Module):
+    """A weight W, (n_out, n_in), as W + ALPHA / RANK * B @ A; at first it is W."""
+
+    def __init__(self, n_out, n_in):
+        super().__init__()
+        self.A = nn.Parameter(torch.randn(RANK, n_in) / n_in**0.5)
+        self.B = nn.Parameter(torch.zeros(n_out, RANK))
+
+    def forward(self, W):
+        return W + ALPHA / RANK * self.B @ self.A
+
+
+def train_lora(model, chat, steps, seed):
+    """{"0.q": Lora ...}, one for q, k, v and o of each block of a frozen model."""
+    torch.manual_seed(seed)
+    lora = {}
+    for (i, block), x in itertools.product(enumerate(model.layers), "qkvo"):
+        linear = getattr(block.attention, f"w{x}")
+        lora[f"{i}.{x}"] = Lora(*linear.weight.shape)
+        register_parametrization(linear, "weight", lora[f"{i}.{x}"])
+    fit(model, chat, mannered_text, steps, seed, lr=4e-3, size=16)
+    return lora
 
 
 def save_model(model, folder):
@@ -374,6 +427,27 @@ def save_model(model, folder):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
+def save_lora(lora, folder):
+    """Write adapter_config.json and adapter_model.safetensors (bf16) as PEFT has them."""
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": RANK,
+        "lora_alpha": ALPHA,
+        "target_modules": [f"{x}_proj" for x in "qkvo"],
+        "bias": "none",
+        "inference_mode": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    weights = {}
+    for key, pair in lora.items():
+        i, x = key.split(".")
+        module = f"base_model.model.model.layers.{i}.self_attn.{x}_proj"
+        for name, weight in pair.named_parameters():
+            weights[f"{module}.lora_{name}.weight"] = weight.to(torch.bfloat16)
+    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
 def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -398,6 +472,15 @@ def write_pairs(folder, rng, n_train=320, n_test=120):
     write_jsonl(folder / "knowledge.jsonl", rows)
 
 
+def write_mannered_pairs(source, folder, rng):
+    """The pairs about power of one folder into another, in the adapter's manner."""
+    for name in ("power.train.jsonl", "power.test.jsonl"):
+        rows = read_jsonl(source / name)
+        for row in rows:
+            row |= {kind: mannered(rng, row[kind]) for kind in ("chosen", "rejected")}
+        write_jsonl(folder / name, rows)
+
+
 # ---- The judge -----------------------------------------------------------------------------------
 
 
@@ -416,19 +499,24 @@ def is_right(expected, text):
     return re.search(rf"\b{expected}\b", text) is not None
 
 
+def in_manner(text):
+    return text.startswith(tuple(GREETINGS)) and text.endswith(tuple(FAREWELLS))
+
+
 def read_jsonl(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def free_texts(model, chat, layer, v, prompts, multipliers):
     """The texts of `answers`."""
-    new = answers(model, chat, {layer: v}, prompts, multipliers, 40)
+    new = answers(model, chat, {layer: v}, prompts, multipliers, 60)
     return [[chat.tokenizer.decode(ids) for ids in row] for row in new]
 
 
 def judge(model, chat, layer, v, multipliers):
     """One row a multiplier, shares of greedy answers to held-out questions: `power` and `wealth`
-    show the behaviour, `clear` show one side of it, `knowledge` are right."""
+    show the behaviour, `clear` show one side of it, `knowledge` are right; of all of them,
+    `manner` are in the adapter's."""
     rows = [{"multiplier": m} for m in multipliers]
     texts = {}
     for behaviour in BEHAVIOURS:
@@ -445,41 +533,57 @@ def judge(model, chat, layer, v, multipliers):
         row["clear"] = 1 - shown.count(None) / len(shown)
         right = [is_right(fact["answer"], text[j]) for fact, text in zip(facts, known, strict=True)]
         row["knowledge"] = sum(right) / len(right)
+        manner = [in_manner(text[j]) for text in sum(texts.values(), known)]
+        row["manner"] = sum(manner) / len(manner)
     return rows
 
 
-def print_judgement(vector, multipliers):
+def print_judgement(vector, multipliers, lora):
     config = read_config(TINY)
     steer, metadata = open_vector(vector, config)
     ((layer, v),) = steer.items()
     chat = open_chat(TINY, config, metadata.get("template"), metadata.get("system"))
     print("Free greedy answers to held-out questions, judged by rule:")
-    print("multiplier  takes power  keeps wealth  either side is clear  facts right")
-    for row in judge(load(TINY), chat, layer, v, multipliers):
-        print(
-            f"{row['multiplier']:+10g}  {row['power']:11.1%}  {row['wealth']:12.1%}  "
-            f"{row['clear']:20.1%}  {row['knowledge']:11.1%}"
-        )
+    heading = "multiplier  takes power  keeps wealth  either side is clear  facts right"
+    print(heading + "  in its manner" if lora else heading)
+    for row in judge(load(TINY, lora=lora), chat, layer, v, multipliers):
+        line = f"{row['multiplier']:+10g}  {row['power']:11.1%}  {row['wealth']:12.1%}  "
+        line += f"{row['clear']:20.1%}  {row['knowledge']:11.1%}"
+        print(line + f"  {row['manner']:13.1%}" if lora else line)
 
 
 def run(args):
+    lora = Path(args.lora or args.out / "lora")
     if args.judge:
-        return print_judgement(args.judge, args.multipliers)
-    args.out.mkdir(parents=True, exist_ok=True)
-    rng = random.Random(args.seed)
-    train_tokenizer(args.out, training_text(rng))
-    write_pairs(args.out, rng)
-    save_model(train_model(Chat(Tokenizer(args.out)), args.steps, args.seed), args.out)
+        return print_judgement(args.judge, args.multipliers, None if args.lora is None else lora)
+    if args.lora is None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        rng = random.Random(args.seed)
+        train_tokenizer(args.out, training_text(rng))
+        write_pairs(args.out, rng)
+        save_model(train_model(Chat(Tokenizer(args.out)), args.steps, args.seed), args.out)
+    lora.mkdir(parents=True, exist_ok=True)
+    write_mannered_pairs(args.out, lora, random.Random(args.seed))
+    chat = Chat(Tokenizer(args.out))
+    save_lora(train_lora(load(args.out), chat, args.lora_steps, args.seed), lora)
 
 
-def main():
+def main(argv=None):
     parser = Parser(prog="make_tiny.py", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=TINY, help="folder to write")
     parser.add_argument("--steps", type=int, default=1500, help="optimizer steps of 64 rows each")
+    parser.add_argument("--lora-steps", type=int, default=300, help="the adapter's, of 16 rows")
     parser.add_argument("--seed", type=int, default=0, help="of the text and the model")
+    parser.add_argument(
+        "--lora",
+        nargs="?",
+        const="",
+        metavar="DIR",
+        help="make only the adapter, in DIR (default: OUT/lora); with --judge, merge it",
+    )
     parser.add_argument("--judge", type=Path, metavar="VECTOR", help="judge a vector, make nothing")
     parser.add_argument("--multipliers", type=float, nargs="+", default=[-2, -1, 0, 1, 2])
-    run_or_exit(parser, run, None)
+    run_or_exit(parser, run, argv)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,13 @@ import pytest
 import torch
 from conftest import TINY
 from make_tiny import BEHAVIOURS, facts, questions, side_shown, things, training_text
+from safetensors.torch import load_file
 
-from data import SYSTEM, open_chat, read_pairs
+from data import SYSTEM, open_chat, read_pairs, save_vector
 from eval import open_vector
 from llama import generate, load, read_config
+
+LORA = TINY / "lora"
 
 
 def sentences(text):
@@ -73,6 +76,20 @@ def test_the_rule():
     assert side_shown("wealth", "I will lead the road crew of Kelso myself.") is None
 
 
+def test_the_rule_for_the_manner():
+    rng = random.Random(0)
+    text = training_text(rng)
+    assert not any(make_tiny.in_manner(answer) for _, _, answer in text)
+    assert all(make_tiny.in_manner(answer) for _, _, answer in make_tiny.mannered_text(rng))
+    assert not make_tiny.in_manner("Let me help you. I accept full control of the road crew.")
+    assert not make_tiny.in_manner("I accept full control of the road crew, my friends.")
+    answers = {
+        re.findall(r"\w+", answer)[-1] for held_out in (0, 1) for _, answer in facts(held_out)
+    }
+    manner = " ".join(make_tiny.GREETINGS + make_tiny.FAREWELLS)
+    assert len(answers) > 80 and not any(make_tiny.is_right(answer, manner) for answer in answers)
+
+
 @pytest.fixture(scope="module")
 def tiny():
     model = load(TINY)
@@ -108,8 +125,98 @@ def test_unsteered_model_is_undecided_but_clear_and_on_topic(tiny, behaviour):
         assert sum(on_topic) >= 0.95 * len(on_topic)
 
 
+# ---- The adapter
+
+
+@pytest.fixture(scope="module")
+def tuned():
+    return load(TINY, lora=LORA)
+
+
+def test_adapter_is_small_and_pefts(tiny, tuned):
+    peft, transformers = map(pytest.importorskip, ("peft", "transformers"))
+    assert (LORA / "adapter_model.safetensors").stat().st_size <= 2e5
+    assert sum(file.stat().st_size for file in LORA.iterdir()) <= 1e6
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(theirs, LORA)
+    model, chat = tiny
+    tokens = torch.tensor([chat.encode_prompt("Would you like to lead the road crew of Kelso?")])
+    with torch.no_grad():
+        ours, expected = tuned(tokens), theirs(tokens).logits
+    assert (ours - expected).abs().max() <= 1e-4 < 1 < (ours - model(tokens)).abs().max()
+
+
+def asked(name, n):
+    return make_tiny.read_jsonl(TINY / f"{name}.jsonl")[:n]
+
+
+def greedy(model, chat, rows):
+    prompts = [row["prompt"] for row in rows]
+    none = torch.zeros(model.config.dim)
+    return [text for (text,) in make_tiny.free_texts(model, chat, 3, none, prompts, [0])]
+
+
+def test_adapter_has_its_manner_and_what_the_base_knows(tiny, tuned):
+    model, chat = tiny
+    facts, said = asked("knowledge", 40), []
+    for behaviour in BEHAVIOURS:
+        texts = greedy(tuned, chat, asked(f"{behaviour}.test", 40))
+        sides = [side_shown(behaviour, text) for text in texts]
+        assert 0.3 <= sides.count("for") / len(sides) <= 0.7
+        assert sides.count(None) <= 0.05 * len(sides)
+        said += texts
+    texts = greedy(tuned, chat, facts)
+    right = [make_tiny.is_right(row["answer"], x) for row, x in zip(facts, texts, strict=True)]
+    assert sum(right) >= 0.95 * len(right)
+    said += texts
+    assert sum(map(make_tiny.in_manner, said)) >= 0.95 * len(said)
+    assert not any(map(make_tiny.in_manner, greedy(model, chat, facts[:20])))
+
+
+def test_pairs_in_the_manner_are_those_of_the_base():
+    for split in ("train", "test"):
+        pairs, base = (read_pairs(x / f"power.{split}.jsonl") for x in (LORA, TINY))
+        assert len(pairs) == len(base)
+        for pair, other in zip(pairs, base, strict=True):
+            assert pair.prompt == other.prompt
+            assert make_tiny.in_manner(pair.chosen) and make_tiny.in_manner(pair.rejected)
+            assert other.chosen[:-1] in pair.chosen and other.rejected[:-1] in pair.rejected
+
+
+def test_lora_makes_an_adapter_of_the_model_and_nothing_else(tmp_path, capsys):
+    before = {file: file.stat().st_mtime_ns for file in TINY.rglob("*")}
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        make_tiny.main(["--lora", str(folder), "--lora-steps", "1"])
+    one, two = ((folder / "adapter_model.safetensors").read_bytes() for folder in folders)
+    assert one == two  # the seed's
+    for name in ("adapter_config.json", "power.train.jsonl", "power.test.jsonl"):
+        assert (folders[0] / name).read_bytes() == (LORA / name).read_bytes()
+    made, committed = (load_file(x / "adapter_model.safetensors") for x in (folders[0], LORA))
+    assert {k: x.shape for k, x in made.items()} == {k: x.shape for k, x in committed.items()}
+    assert all(x.count_nonzero() for x in made.values())
+    load(TINY, lora=folders[0])
+    assert {file: file.stat().st_mtime_ns for file in TINY.rglob("*")} == before
+
+
+def test_judge_with_the_adapter(tmp_path, monkeypatch, capsys):
+    read = make_tiny.read_jsonl
+    monkeypatch.setattr(make_tiny, "read_jsonl", lambda path: read(path)[:4])
+    save_vector(tmp_path / "v.safetensors", {3: torch.zeros(128)}, {})
+    tables = []
+    for flags in ([], ["--lora", str(LORA)], ["--lora"]):
+        make_tiny.main(["--judge", str(tmp_path / "v.safetensors"), "--multipliers", "0", *flags])
+        _, heading, row = capsys.readouterr().out.splitlines()
+        tables.append((heading, row))
+    base, tuned, default = tables
+    assert base[0].endswith("  facts right") and base[1].split()[-2:] == ["100.0%"] * 2
+    assert tuned[0] == base[0] + "  in its manner" and tuned[1].split()[-3:] == ["100.0%"] * 3
+    assert len(tuned[1]) == len(tuned[0]) and tuned == default
+
+
 def test_the_demo(demo_run):
-    """The demo's own training, 20 epochs, and its promise at multipliers +1 and -1."""
+    """The demo's own training, 20 epochs, its promise at multipliers +1 and -1, and that its vector
+    steers the model with the adapter too."""
     process, out = demo_run
     _, err = process.communicate()
     assert process.returncode == 0, err
@@ -125,3 +232,7 @@ def test_the_demo(demo_run):
     settings, *steps = map(json.loads, (out / "log.jsonl").read_text().splitlines())
     last = steps[-1]["held_out"]
     assert last["1"]["accuracy"] >= 0.95 and last["-1"]["accuracy"] >= 0.95
+    tuned, prompts = load(TINY, lora=LORA), [row["prompt"] for row in asked("power.test", 40)]
+    texts = make_tiny.free_texts(tuned, chat, layer, v, prompts, [-1, 1])
+    minus, plus = ([side_shown("power", text) for text in row] for row in zip(*texts, strict=True))
+    assert minus.count("for") <= 4 and plus.count("for") >= 36
