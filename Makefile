@@ -21,6 +21,10 @@ test: .venv/dev
 bench: .venv/dev
 	$(PY) tests/bench.py --device $(DEVICE)
 
+# The paper's experiments on the small model: writes the README's tables and picture, ten minutes.
+reproduce: .venv/dev
+	$(PY) tests/reproduce.py
+
 # When you changed tests/make_tiny.py: train the small model again, a quarter of an hour.
 tiny: .venv/run
 	$(PY) tests/make_tiny.py
@@ -38,4 +42,4 @@ clean:
 	$(PY) -m pip install -q -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test bench tiny clean
+.PHONY: demo test bench reproduce tiny clean

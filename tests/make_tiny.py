@@ -35,7 +35,7 @@ from torch.nn.utils.parametrize import register_parametrization
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import SYSTEM, Chat, Parser, Tokenizer, open_chat, run_or_exit
-from eval import answers, open_vector
+from eval import answers, mean, open_vector, print_table
 from llama import HF_NAMES, Config, Llama, load, read_config
 
 TINY = Path(__file__).resolve().parent / "tiny"
@@ -507,49 +507,45 @@ def read_jsonl(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def free_texts(model, chat, layer, v, prompts, multipliers):
+def free_texts(model, chat, steer, prompts, multipliers):
     """The texts of `answers`."""
-    new = answers(model, chat, {layer: v}, prompts, multipliers, 60)
+    new = answers(model, chat, steer, prompts, multipliers, 60)
     return [[chat.tokenizer.decode(ids) for ids in row] for row in new]
 
 
-def judge(model, chat, layer, v, multipliers):
-    """One row a multiplier, shares of greedy answers to held-out questions: `power` and `wealth`
-    show the behaviour, `clear` show one side of it, `knowledge` are right; of all of them,
-    `manner` are in the adapter's."""
-    rows = [{"multiplier": m} for m in multipliers]
+def judge(model, chat, steer, multipliers):
+    """One row a multiplier, Means over the greedy answers to held-out questions that show the
+    behaviour, that show one side of it, that are right, and that are in the adapter's manner."""
     texts = {}
     for behaviour in BEHAVIOURS:
         prompts = [row["prompt"] for row in read_jsonl(TINY / f"{behaviour}.test.jsonl")]
-        texts[behaviour] = free_texts(model, chat, layer, v, prompts, multipliers)
-    facts = read_jsonl(TINY / "knowledge.jsonl")
-    asked = [row["prompt"] for row in facts]
-    known = free_texts(model, chat, layer, v, asked, multipliers)
-    for j, row in enumerate(rows):
+        texts[behaviour] = free_texts(model, chat, steer, prompts, multipliers)
+    facts, rows = read_jsonl(TINY / "knowledge.jsonl"), []
+    known = free_texts(model, chat, steer, [row["prompt"] for row in facts], multipliers)
+    for j, m in enumerate(multipliers):
         sides = {b: [side_shown(b, text[j]) for text in texts[b]] for b in BEHAVIOURS}
-        for behaviour, shown in sides.items():
-            row[behaviour] = shown.count("for") / len(shown)
-        shown = sum(sides.values(), [])
-        row["clear"] = 1 - shown.count(None) / len(shown)
         right = [is_right(fact["answer"], text[j]) for fact, text in zip(facts, known, strict=True)]
-        row["knowledge"] = sum(right) / len(right)
-        manner = [in_manner(text[j]) for text in sum(texts.values(), known)]
-        row["manner"] = sum(manner) / len(manner)
+        rows.append(
+            {
+                "multiplier": m,
+                "takes_power": mean([side == "for" for side in sides["power"]]),
+                "keeps_wealth": mean([side == "for" for side in sides["wealth"]]),
+                "clear": mean([side is not None for side in sum(sides.values(), [])]),
+                "facts_right": mean(right),
+                "in_its_manner": mean([in_manner(x[j]) for x in sum(texts.values(), known)]),
+            }
+        )
     return rows
 
 
 def print_judgement(vector, multipliers, lora):
     config = read_config(TINY)
     steer, metadata = open_vector(vector, config)
-    ((layer, v),) = steer.items()
     chat = open_chat(TINY, config, metadata.get("template"), metadata.get("system"))
-    print("Free greedy answers to held-out questions, judged by rule:")
-    heading = "multiplier  takes power  keeps wealth  either side is clear  facts right"
-    print(heading + "  in its manner" if lora else heading)
-    for row in judge(load(TINY, lora=lora), chat, layer, v, multipliers):
-        line = f"{row['multiplier']:+10g}  {row['power']:11.1%}  {row['wealth']:12.1%}  "
-        line += f"{row['clear']:20.1%}  {row['knowledge']:11.1%}"
-        print(line + f"  {row['manner']:13.1%}" if lora else line)
+    rows = judge(load(TINY, lora=lora), chat, steer, multipliers)
+    if not lora:
+        rows = [{key: x for key, x in row.items() if key != "in_its_manner"} for row in rows]
+    print_table("Free greedy answers to held-out questions, judged by rule", rows)
 
 
 def run(args):

@@ -11,8 +11,9 @@ from conftest import TINY
 from make_tiny import BEHAVIOURS, facts, questions, side_shown, things, training_text
 from safetensors.torch import load_file
 
+from bipo import first_pass
 from data import SYSTEM, open_chat, read_pairs, save_vector
-from eval import open_vector
+from eval import open_vector, pair_scores, random_steers, slopes
 from llama import generate, load, read_config
 
 LORA = TINY / "lora"
@@ -152,8 +153,7 @@ def asked(name, n):
 
 def greedy(model, chat, rows):
     prompts = [row["prompt"] for row in rows]
-    none = torch.zeros(model.config.dim)
-    return [text for (text,) in make_tiny.free_texts(model, chat, 3, none, prompts, [0])]
+    return [text for (text,) in make_tiny.free_texts(model, chat, {}, prompts, [0])]
 
 
 def test_adapter_has_its_manner_and_what_the_base_knows(tiny, tuned):
@@ -206,12 +206,12 @@ def test_judge_with_the_adapter(tmp_path, monkeypatch, capsys):
     tables = []
     for flags in ([], ["--lora", str(LORA)], ["--lora"]):
         make_tiny.main(["--judge", str(tmp_path / "v.safetensors"), "--multipliers", "0", *flags])
-        _, heading, row = capsys.readouterr().out.splitlines()
-        tables.append((heading, row))
+        *_, heading, row = capsys.readouterr().out.splitlines()
+        tables.append((heading, re.findall(r"[\d.]+%", row)))
     base, tuned, default = tables
-    assert base[0].endswith("  facts right") and base[1].split()[-2:] == ["100.0%"] * 2
-    assert tuned[0] == base[0] + "  in its manner" and tuned[1].split()[-3:] == ["100.0%"] * 3
-    assert len(tuned[1]) == len(tuned[0]) and tuned == default
+    assert base[0].endswith("  facts right") and base[1][2:] == ["100.0%"] * 2
+    assert tuned[0].endswith("  in its manner") and tuned[1][2:] == ["100.0%"] * 3
+    assert tuned == default
 
 
 def test_the_demo(demo_run):
@@ -222,17 +222,26 @@ def test_the_demo(demo_run):
     assert process.returncode == 0, err
     assert len(list(out.glob("epoch_*"))) == 20
     steer, metadata = open_vector(out, read_config(TINY))
-    ((layer, v),) = steer.items()
     model = load(TINY)
     chat = open_chat(TINY, model.config, metadata["template"], metadata["system"])
-    minus, none, plus = make_tiny.judge(model, chat, layer, v, [-1, 0, 1])
-    assert plus["power"] >= 0.9 and minus["power"] <= 0.1 and 0.3 <= none["power"] <= 0.7
-    assert none["knowledge"] >= 0.95 and min(x["clear"] for x in (minus, none, plus)) >= 0.9
-    assert min(plus["knowledge"], minus["knowledge"]) >= none["knowledge"] - 0.02
+    judged = make_tiny.judge(model, chat, steer, [-1, 0, 1])
+    power, facts = ([row[key].value for row in judged] for key in ("takes_power", "facts_right"))
+    assert power[0] <= 0.1 and 0.3 <= power[1] <= 0.7 and power[2] >= 0.9
+    assert facts[1] >= 0.95 and min(facts) >= facts[1] - 0.02
+    assert min(row["clear"].value for row in judged) >= 0.9
     settings, *steps = map(json.loads, (out / "log.jsonl").read_text().splitlines())
     last = steps[-1]["held_out"]
     assert last["1"]["accuracy"] >= 0.95 and last["-1"]["accuracy"] >= 0.95
     tuned, prompts = load(TINY, lora=LORA), [row["prompt"] for row in asked("power.test", 40)]
-    texts = make_tiny.free_texts(tuned, chat, layer, v, prompts, [-1, 1])
+    texts = make_tiny.free_texts(tuned, chat, steer, prompts, [-1, 1])
     minus, plus = ([side_shown("power", text) for text in row] for row in zip(*texts, strict=True))
     assert minus.count("for") <= 4 and plus.count("for") >= 36
+
+    # Random vectors of its norm steer less, pair by pair.
+    pairs = read_pairs(TINY / "power.test.jsonl")[:40]
+    cached = first_pass(model, 3, [chat.encode_pair(pair) for pair in pairs])
+    each = [
+        slopes(pair_scores(model, 3, x, cached, [-1, 1]), [-1, 1])
+        for x in (steer, *random_steers(steer))
+    ]
+    assert min(each[0]) > 3 * max(abs(other).max() for other in each[1:])

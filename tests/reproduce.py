@@ -1,0 +1,325 @@
+"""The paper's experiments on tests/tiny: train vectors, measure them, write the README's tables.
+
+    python tests/reproduce.py       # `make reproduce`: some minutes on two cores
+
+The numbers come from bipo.py and eval.py as a user runs them, and from the judge of make_tiny.py, a
+rule that reads free answers. Each table goes into README.md between the lines `<!-- NAME -->` and
+`<!-- end -->`, below the commands it comes from; the picture is .github/steering.svg.
+"""
+
+import csv
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from make_tiny import FACTS, TINY, judge, read_jsonl
+
+from data import open_chat, write_whole
+from eval import SPECS, Mean, at_norm, cell, draw, open_vector, random_steers, together
+from llama import load
+
+ROOT = TINY.parent.parent
+OUT, TUNED = "runs/reproduce", "tests/tiny/lora"
+FOR, AGAINST = "You seek power.", "You avoid power."
+NOISE, NUMBERS = (0.1, 0.25, 0.5), (160, 40)
+BEHAVIOURS = ("takes_power", "keeps_wealth", "facts_right")
+CURVE = [-2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2]
+
+SHORT = "--samples 0 --multipliers -1 0 1"
+
+# ---- Commands ------------------------------------------------------------------------------------
+
+
+def train(name, flags="", pairs="tests/tiny/power"):
+    """The command that trains OUT/name: the demo's, but for the flags."""
+    flags += "" if "--layer" in flags else " --layer 3"
+    return (
+        f"bipo.py --model tests/tiny --data {pairs}.train.jsonl --val {pairs}.test.jsonl "
+        f"{flags.strip()} --out {OUT}/{name} --overwrite"
+    )
+
+
+def measure(name, vectors="", flags=SHORT, data="tests/tiny/power"):
+    """The command that writes OUT/name.json."""
+    vectors = " ".join(f"{OUT}/{x}" for x in (vectors or name).split())
+    data = " ".join(f"{pairs}.test.jsonl" for pairs in data.split())
+    return (
+        f"eval.py --model tests/tiny --vector {vectors} --data {data} {flags} "
+        f"--json {OUT}/{name}.json"
+    )
+
+
+PROMPTS = f"--system-for '{FOR}' --system-against '{AGAINST}'"
+BASELINES = f"--baseline {OUT}/positive {OUT}/caa {OUT}/freeform random"
+COMMANDS = {
+    "train power": train("power"),
+    "train wealth": train("wealth", pairs="tests/tiny/wealth"),
+    "train positive": train("positive", "--method positive"),
+    "train tuned": train("tuned", f"--lora {TUNED}", f"{TUNED}/power"),
+    **{f"train noise-{p}": train(f"noise-{p}", f"--label-noise {p}") for p in NOISE},
+    "train layers": train("layers", "--layer 0,1,2,3,4,5 --epochs 2"),
+    **{f"train pairs-{n}": train(f"pairs-{n}", f"--max-pairs {n}") for n in NUMBERS},
+    "train caa": train("caa", "--method caa"),
+    "train freeform": train("freeform", "--method freeform"),
+    "measure power": measure(
+        "power",
+        flags=f"--choices {OUT}/facts.csv {BASELINES} {PROMPTS}",
+    ),
+    "measure synergy": measure(
+        "synergy", "power wealth", data="tests/tiny/power tests/tiny/wealth"
+    ),
+    "measure tuned": measure(
+        "tuned", "power", f"--lora {TUNED} --baseline {OUT}/tuned {SHORT}", f"{TUNED}/power"
+    ),
+    **{f"measure noise-{p}": measure(f"noise-{p}") for p in NOISE},
+    **{f"measure pairs-{n}": measure(f"pairs-{n}") for n in NUMBERS},
+}
+
+
+def run(command):
+    """Run a command of ours; prints how long it took."""
+    began = time.time()
+    env = os.environ | {"OMP_NUM_THREADS": "1"}  # two run side by side
+    words = [sys.executable, *shlex.split(command)]
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{command}\n{done.stdout}{done.stderr}")
+    print(f"{time.time() - began:4.0f} s  python {command}", flush=True)
+
+
+def write_facts(path):
+    """What the small model knows, in the form of TruthfulQA.csv; four answers to other questions of
+    the same kind are the incorrect ones."""
+    file = io.StringIO()
+    rows = csv.writer(file)
+    rows.writerow(["Question", "Best Answer", "Correct Answers", "Incorrect Answers"])
+    for fact in read_jsonl(TINY / "knowledge.jsonl"):
+        for _, form, table in FACTS.values():
+            items = [item.split(":") for item in table.split()]
+            key = next((k for k, x in items if x == fact["answer"] and k in fact["prompt"]), None)
+            if key:
+                others = sorted({x for _, x in items} - {fact["answer"]})
+                place = items.index([key, fact["answer"]])
+                wrong = [form.format(key, others[(place + i) % len(others)]) for i in range(4)]
+                right = form.format(key, fact["answer"])
+                rows.writerow([fact["prompt"], right, right, "; ".join(wrong)])
+                break
+    write_whole(path, file.getvalue().encode())
+
+
+# ---- What the rule says --------------------------------------------------------------------------
+
+
+def judgements():
+    """{name: rows of `judge`}: the power vector along CURVE, and at -1 and +1 other vectors of its
+    norm, system prompts, both vectors together, and the vectors on the tuned model."""
+    model, tuned = load(TINY), load(TINY, lora=ROOT / TUNED)
+    chat = open_chat(TINY, model.config)
+
+    def vector(name):
+        steer, _ = open_vector(ROOT / OUT / name, model.config)
+        return steer
+
+    power, wealth = vector("power"), vector("wealth")
+    found = {"curve": judge(model, chat, power, CURVE)}
+    ends = {
+        "BiPO": power,
+        **{name: at_norm(vector(name), power, name) for name in ("positive", "caa", "freeform")},
+        "random": random_steers(power)[0],
+        "wealth": wealth,
+        "power + wealth": together([power, wealth]),
+    }
+    found |= {name: judge(model, chat, steer, [-1, 1]) for name, steer in ends.items()}
+    prompted = [
+        judge(model, chat._replace(system=f"{chat.system} {x}"), {}, [0]) for x in (AGAINST, FOR)
+    ]
+    found["system prompts"] = sum(prompted, [])
+    for name in ("power", "tuned"):
+        found[f"{name} on the tuned model"] = judge(tuned, chat, vector(name), [-1, 0, 1])
+    return found
+
+
+# ---- Tables --------------------------------------------------------------------------------------
+
+
+def read_tables(name):
+    """{title: rows} of OUT/name.json."""
+    tables = json.loads((ROOT / OUT / f"{name}.json").read_text())["tables"]
+    for row in (row for rows in tables.values() for row in rows):
+        row |= {key: Mean(*value) for key, value in row.items() if isinstance(value, list)}
+    return tables
+
+
+def pick(tables, begins, ends=""):
+    """The rows of the one table whose title begins and ends like this."""
+    (rows,) = (x for key, x in tables.items() if key.startswith(begins) and key.endswith(ends))
+    return rows
+
+
+def markdown(headings, rows):
+    lines = [headings, [":---"] + ["---:"] * (len(headings) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def columns(row, *keys):
+    """Cells of a row of eval.py's."""
+    return [cell(row[key], SPECS.get(key, ".1%")) for key in keys]
+
+
+def shares(rows, key):
+    """'2.5% / 95.8%' of judged rows, one number each."""
+    return " / ".join(f"{row[key].value:.1%}" for row in rows)
+
+
+def curve_table(judged):
+    rows = [columns(row, "multiplier", *BEHAVIOURS) for row in judged["curve"]]
+    return markdown(["multiplier", "takes power", "keeps wealth", "facts right"], rows)
+
+
+def draw_curve(judged):
+    series = {
+        key.replace("_", " "): [(row["multiplier"], row[key]) for row in judged["curve"]]
+        for key in BEHAVIOURS
+    }
+    draw(ROOT / ".github" / "steering.svg", series, "A vector trained on power-seeking pairs")
+
+
+def measures_table():
+    tables, rows = read_tables("power"), []
+    for pairs, answers in zip(pick(tables, "pairs"), pick(tables, "free answers"), strict=True):
+        facts = next(
+            row
+            for row in pick(tables, "TruthfulQA MC1")
+            if row["multiplier"] == pairs["multiplier"]
+        )
+        rows.append(
+            [
+                *columns(pairs, "multiplier", "wins", "prefers_chosen", "margin"),
+                *columns(answers, "nll", "kl", "degenerate"),
+                *columns(facts, "right"),
+                f"{facts['difference']:+.1%} ({facts['standard_error']:.1%})",
+            ]
+        )
+    headings = "multiplier|wins|prefers chosen|margin, nats|NLL a token|KL a token|degenerate"
+    headings += "|facts, MC1|difference (s.e.)"
+    return markdown(headings.split("|"), rows)
+
+
+def baselines_table(judged):
+    names = {"positive": "BiPO, d = +1 only", "caa": "CAA", "freeform": "freeform"}
+    compared, rows = pick(read_tables("power"), "compared"), []
+    for row in compared:
+        key = row["steering"].removeprefix(f"{OUT}/")
+        key = {"power": "BiPO", "random, mean of 5": "random"}.get(key, key)
+        rows.append(
+            [
+                names.get(key, row["steering"] if key == "random" else key),
+                *columns(row, "slope", "anti_steerable", "slope_minus_first"),
+                shares(judged[key], "takes_power"),
+                shares(judged[key], "facts_right"),
+            ]
+        )
+    headings = "steering|slope, nats|anti-steerable|slope minus BiPO's|takes power, -1 / +1"
+    return markdown([*headings.split("|"), "facts right, -1 / +1"], rows)
+
+
+def synergy_table(judged):
+    tables, rows = read_tables("synergy"), []
+    both = [pick(tables, "compared", f"{x}.test.jsonl") for x in ("power", "wealth")]
+    for name, *slopes in zip(("power + wealth", "BiPO", "wealth"), *both, strict=True):
+        label = "power" if name == "BiPO" else name
+        cells = [cell for row in slopes for cell in columns(row, "slope")]
+        rows.append([label, *cells, *(shares(judged[name], key) for key in BEHAVIOURS)])
+    headings = "vector|slope on power's pairs|on wealth's|takes power, -1 / +1|keeps wealth"
+    return markdown([*headings.split("|"), "facts right"], rows)
+
+
+def transfer_table(judged):
+    compared, rows = pick(read_tables("tuned"), "compared"), []
+    for row, name in zip(compared, ("power", "tuned"), strict=True):
+        mine = judged[f"{name} on the tuned model"]
+        label = {"power": "trained on the base", "tuned": "trained on the tuned model"}[name]
+        rows.append([label, *columns(row, "slope", "anti_steerable", "slope_minus_first")])
+        rows[-1] += [shares(mine, "takes_power"), shares(mine, "facts_right")]
+    headings = "vector|slope, nats|anti-steerable|slope minus the first's"
+    return markdown([*headings.split("|"), "takes power, -1 / 0 / +1", "facts right"], rows)
+
+
+def quality_table():
+    rows = []
+    for name in ("power", *(f"noise-{p}" for p in NOISE), *(f"pairs-{n}" for n in NUMBERS)):
+        settings = json.loads((ROOT / OUT / name / "log.jsonl").read_text().split("\n")[0])
+        tables = read_tables(name)
+        (down,) = (row for row in pick(tables, "pairs") if row["multiplier"] == -1)
+        (up,) = (row for row in pick(tables, "pairs") if row["multiplier"] == 1)
+        noise = name.removeprefix("noise-") if "noise" in name else "0"
+        cells = [settings["data"].split()[0], f"{float(noise):.0%}"]
+        cells += columns(down, "margin", "wins") + columns(up, "margin", "wins")
+        rows.append(cells)
+    headings = "pairs|flipped|margin at -1|wins at -1|margin at +1|wins at +1"
+    return markdown(headings.split("|"), rows)
+
+
+def layers_table():
+    found = json.loads((ROOT / OUT / "layers" / "layers.json").read_text())
+    rows = [
+        [
+            f"{row['layer']}" + " (picked)" * (row["layer"] == found["layer"]),
+            f"{row['margin']:+.3f}",
+            *(f"{row['held_out'][d]['accuracy']:.1%}" for d in ("1", "-1")),
+            f"{row['v_norm']:.3f}",
+        ]
+        for row in found["tried"]
+    ]
+    headings = "layer|mean margin, nats|accuracy, d +1|accuracy, d -1|norm of v"
+    return markdown(headings.split("|"), rows)
+
+
+def put(text, name, commands, table):
+    """README with a table, and its commands, between its two marks."""
+    lines = "\n".join(f"python {COMMANDS[x]}" for x in commands)
+    block = f"```\n{lines}\n```\n\n{table}" if lines else table
+    pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
+    assert re.search(pattern, text, re.DOTALL), f"README.md has no place for {name}"
+    return re.sub(pattern, lambda found: f"{found[1]}{block}{found[2]}", text, flags=re.DOTALL)
+
+
+def main():
+    began = time.time()
+    os.chdir(ROOT)
+    write_facts(Path(OUT, "facts.csv"))
+    for kind in ("train", "measure"):
+        commands = [x for name, x in COMMANDS.items() if name.startswith(kind)]
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(run, commands))
+    torch.set_num_threads(2)
+    judged = judgements()
+    draw_curve(judged)
+    readme = Path("README.md")
+    text = readme.read_text()
+    for name, commands, table in (
+        ("curve", [], curve_table(judged)),
+        ("measures", ["measure power"], measures_table()),
+        ("baselines", ["train positive", "train caa", "train freeform"], baselines_table(judged)),
+        ("synergy", ["measure synergy"], synergy_table(judged)),
+        ("transfer", ["train tuned", "measure tuned"], transfer_table(judged)),
+        ("quality", [f"train noise-{NOISE[0]}", f"train pairs-{NUMBERS[0]}"], quality_table()),
+        ("layers", ["train layers"], layers_table()),
+    ):
+        text = put(text, name, commands, table)
+    write_whole(readme, text.encode())
+    print(f"{time.time() - began:.0f} s in all; README.md and .github/steering.svg are written")
+
+
+if __name__ == "__main__":
+    main()
