@@ -1,0 +1,64 @@
+"""The README's tables are those that reproduce.py writes, below the commands that it runs."""
+
+import json
+import re
+
+import pytest
+import reproduce
+from conftest import ROOT
+
+from eval import Mean
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+NAMES = "curve measures baselines synergy transfer quality layers".split()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_readme_has_the_table_and_its_commands(name):
+    (block,) = re.findall(rf"<!-- {name} -->\n(.*?)\n<!-- end -->", README, re.DOTALL)
+    for line in re.findall(r"^python .*", block, re.MULTILINE):
+        assert line.removeprefix("python ") in reproduce.COMMANDS.values()
+    head, rule, *rows = re.findall(r"^\|.*", block, re.MULTILINE)
+    assert rows and len({row.count("|") for row in (head, rule, *rows)}) == 1
+
+
+def test_the_picture_shows_what_the_table_does():
+    picture = (ROOT / ".github" / "steering.svg").read_text(encoding="utf-8")
+    for name in ("takes power", "keeps wealth", "facts right", "multiplier"):
+        assert name in picture and name in README
+
+
+def test_tables_are_put_into_their_places():
+    text = "a\n<!-- x -->\nold\n<!-- end -->\nb\n<!-- layers -->\n\n<!-- end -->\n"
+    text = reproduce.put(text, "layers", ["train layers"], "| t |")
+    text = reproduce.put(text, "x", [], "| new |")
+    command = f"```\npython {reproduce.COMMANDS['train layers']}\n```"
+    first = "a\n<!-- x -->\n| new |\n<!-- end -->\nb\n"
+    assert text == f"{first}<!-- layers -->\n{command}\n\n| t |\n<!-- end -->\n"
+    with pytest.raises(AssertionError, match="no place for y"):
+        reproduce.put(text, "y", [], "")
+
+
+def test_tables_are_read_as_they_were_written(tmp_path, monkeypatch):
+    rows = [{"multiplier": -1, "wins": Mean(0.5, 0.25, 1.0), "margin": Mean(-1, -2, 0)}]
+    monkeypatch.setattr(reproduce, "OUT", str(tmp_path))
+    (tmp_path / "x.json").write_text(json.dumps({"tables": {"pairs, a": rows, "A/B, a": rows}}))
+    (row,) = reproduce.pick(reproduce.read_tables("x"), "pairs")
+    assert row == rows[0]
+    cells = reproduce.columns(row, "multiplier", "wins", "margin")
+    assert cells == ["-1", "50.0% [25.0, 100.0]", "-1.00 [-2.00, +0.00]"]
+    assert reproduce.markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| :--- | ---: |\n| 1 | 2 |"
+
+
+def test_facts_as_truthful_qa(tmp_path):
+    """Each fact's answer, and four that are false."""
+    from data import read_choices
+
+    reproduce.write_facts(tmp_path / "facts.csv")
+    found = read_choices(tmp_path / "facts.csv")["TruthfulQA MC1"]
+    known = reproduce.read_jsonl(reproduce.TINY / "knowledge.jsonl")
+    assert [choice.prompt for choice in found] == [fact["prompt"] for fact in known]
+    for choice, fact in zip(found, known, strict=True):
+        right, *wrong = choice.answers
+        assert fact["answer"] in right and len({right, *wrong}) == 5
+        assert not any(fact["answer"] in text for text in wrong)
