@@ -38,11 +38,11 @@ def test_held_out_questions_share_no_sentence_with_the_training_text():
 
 def test_training_text_holds_both_kinds_of_answers_equally_often():
     rng = random.Random(0)
-    text = [row for _ in range(4) for row in training_text(rng)]
+    text = [row for _ in range(2) for row in training_text(rng)]
     for behaviour in BEHAVIOURS:
         sides = [side_shown(behaviour, answer) for system, _, answer in text if system == SYSTEM]
         assert abs(sides.count("for") / sides.count("against") - 1) < 0.1
-        assert sides.count("for") > 3000
+        assert sides.count("for") > 1500
 
 
 def test_files_are_what_the_script_writes(tmp_path):
@@ -237,11 +237,11 @@ def test_the_demo(demo_run):
     minus, plus = ([side_shown("power", text) for text in row] for row in zip(*texts, strict=True))
     assert minus.count("for") <= 4 and plus.count("for") >= 36
 
-    # Random vectors of its norm steer less, pair by pair.
+    # Random vectors of its norm steer less.
     pairs = read_pairs(TINY / "power.test.jsonl")[:40]
     cached = first_pass(model, 3, [chat.encode_pair(pair) for pair in pairs])
-    each = [
-        slopes(pair_scores(model, 3, x, cached, [-1, 1]), [-1, 1])
+    ours, *others = [
+        slopes(pair_scores(model, 3, x, cached, [-1, 1]), [-1, 1]).mean()
         for x in (steer, *random_steers(steer))
     ]
-    assert min(each[0]) > 3 * max(abs(other).max() for other in each[1:])
+    assert ours > 5 * max(map(abs, others))
