@@ -600,11 +600,7 @@ def main(argv=None):
     add("--val", type=Path, help="held-out pairs (default: a tenth of the prompts)")
     add("--out", type=Path, help="folder (default: runs/DATA-layerL[-METHOD])")
     add("--overwrite", action="store_true", help="replace a run found in --out")
-    add(
-        "--cache-gib",
-        type=float,
-        help="of memory; more goes into --out (default: half of the free)",
-    )
+    add("--cache-gib", type=float, help="of memory; the rest in --out (default: half of the free)")
     add("--max-pairs", type=int, help="train on at most so many, drawn by the seed")
     add("--label-noise", type=float, default=0, help="share of pairs to swap")
     add = parser.add_argument_group("training (flags win over the preset)").add_argument
