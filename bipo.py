@@ -52,7 +52,6 @@ from data import (
     run_or_exit,
     save_vector,
     split_pairs,
-    write_whole,
 )
 from llama import Checkpoint, check_steer, read_config
 
@@ -152,12 +151,12 @@ def lower_pass(model, layer, ids, h, hold=nullcontext, start=0):
     """
     for i in range(start, layer + 1):
         with hold(i):
-            stop = 0
+            end = 0
             for part in parts(ids):
                 batch = pack(ids[part], model.device)
-                start, stop = stop, stop + batch.tokens.shape[1]
-                x = h[start:stop][None].to(model.device) if i else model.embed(batch.tokens)
-                h[start:stop] = model.blocks(x, i, i + 1, batch.positions, batch.masks)[0]
+                begin, end = end, end + batch.tokens.shape[1]
+                x = h[begin:end][None].to(model.device) if i else model.embed(batch.tokens)
+                h[begin:end] = model.blocks(x, i, i + 1, batch.positions, batch.masks)[0]
                 yield
 
 
@@ -173,12 +172,16 @@ def reference_pass(model, layer, ids, h):
         yield from map(CachedPair, ids[part], rows[part], ref_logps)
 
 
-def first_pass(model, layer, ids):
-    """The CachedPair of each PairIds, by a model that is in memory as a whole."""
-    n_tokens = sum(map(length, ids))
-    h = torch.empty(n_tokens, model.config.dim, dtype=model.norm.weight.dtype)
-    for _ in lower_pass(model, layer, ids, h):
-        pass
+def first_pass(model, layer, ids, aloud=False):
+    """The CachedPair of each PairIds, by a model that is in memory as a whole.
+
+    aloud: print how far it is, if it takes more than a few seconds.
+    """
+    h = torch.empty(sum(map(length, ids)), model.config.dim, dtype=model.norm.weight.dtype)
+    progress = Progress("first pass", len(list(parts(ids))) * (layer + 1), quiet=True)
+    for done, _ in enumerate(lower_pass(model, layer, ids, h), 1):
+        if aloud:
+            progress(done)
     return list(reference_pass(model, layer, ids, h))
 
 
@@ -211,10 +214,13 @@ def score(model, layer, v, m, pairs, above=None):
 
 
 def evaluate(model, layer, v, pairs, beta):
-    """Mean loss, mean margin (nats) and share of margins with d's sign, for d = +1 and d = -1."""
+    """Mean loss, mean margin (nats) and share of margins with d's sign, for d = +1 and d = -1.
+    Raises ValueError if a loss is not finite."""
     ref_logps, report = torch.stack([pair.ref_logps for pair in pairs]), {}
     for d in (1, -1):
         losses, margin = bipo_loss(score(model, layer, v, d, pairs), ref_logps, d, beta)
+        if not losses.isfinite().all():
+            raise ValueError(f"held-out loss {losses.mean()} at d {d:+d}; try another dtype or lr")
         means = (losses.mean(), margin.mean(), (d * margin > 0).float().mean())
         report[d] = dict(zip(("loss", "margin", "accuracy"), map(float, means), strict=True))
     return report
@@ -242,16 +248,14 @@ def train(model, layer, pairs, held_out, recipe=PRESETS["paper"], seed=0, batche
     batches: [(row numbers, d)] to use instead of the seed's. Raises ValueError if the loss or its
     gradient is not finite.
     """
-    v = torch.zeros(model.config.dim, dtype=torch.float32, device=model.device)
-    v.requires_grad_()
-    optimizer = torch.optim.AdamW(
-        [v], betas=(0.9, 0.999), eps=1e-8, weight_decay=recipe.weight_decay
-    )
+    v = torch.zeros(model.config.dim, dtype=torch.float32, device=model.device, requires_grad=True)
+    decay = recipe.weight_decay
+    optimizer = torch.optim.AdamW([v], betas=(0.9, 0.999), eps=1e-8, weight_decay=decay)
     per_epoch = math.ceil(len(pairs) / recipe.batch_size)
     horizon = per_epoch * (recipe.schedule_epochs or recipe.epochs)
     if batches is None:
         batches = draw_batches(len(pairs), recipe, seed)
-    for step, (rows, d) in enumerate(batches):
+    for step, (rows, d) in enumerate(batches, 1):
         batch, results = [pairs[i] for i in rows], []
         optimizer.zero_grad()
         for part in parts([pair.ids for pair in batch]):  # mostly one
@@ -264,27 +268,25 @@ def train(model, layer, pairs, held_out, recipe=PRESETS["paper"], seed=0, batche
         loss = losses.mean()
         norm = torch.nn.utils.clip_grad_norm_(v, recipe.clip_norm)
         if not (loss.isfinite() and norm.isfinite()):
-            raise ValueError(
-                f"step {step + 1}: loss {loss}, gradient {norm}; try another dtype or lr"
-            )
-        lr = lr_at(step, recipe.lr, recipe.warmup_steps, horizon)
+            raise ValueError(f"step {step}: loss {loss}, gradient {norm}; try another dtype or lr")
+        lr = lr_at(step - 1, recipe.lr, recipe.warmup_steps, horizon)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
-        last = (step + 1) % per_epoch == 0
+        last = step % per_epoch == 0
         report = evaluate(model, layer, v, held_out, recipe.beta) if last and held_out else None
         numbers = (lr, loss.item(), margin.mean().item(), norm.item())
-        epoch = step // per_epoch + 1
-        yield Step(step + 1, epoch, rows, d, *numbers, report, logps, v.detach().clone())
+        epoch = math.ceil(step / per_epoch)
+        yield Step(step, epoch, rows, d, *numbers, report, logps, v.detach().clone())
 
 
-def mean_difference(pairs, last=False):
-    """Mean over CachedPairs of h at the chosen response minus h at the rejected one, (dim,) fp32.
+def mean_difference(ids, h, last=False):
+    """Mean over PairIds of h at the chosen response minus h at the rejected one, (dim,) fp32.
     h at a response is the mean over its tokens (freeform) or, by `last`, that at its last token,
     which is the letter in the pairs of `letter_pairs` (CAA)."""
     differences = []
-    for ids, h, _ in pairs:
-        _, *sides = h.float().split([*map(len, ids)])
-        chosen, rejected = (h[-1] if last else h.mean(0) for h in sides)
+    for pair, rows in zip(ids, h.split([*map(length, ids)]), strict=True):
+        _, *sides = rows.float().split([*map(len, pair)])
+        chosen, rejected = (x[-1] if last else x.mean(0) for x in sides)
         differences.append(chosen - rejected)
     return torch.stack(differences).mean(0)
 
@@ -294,63 +296,51 @@ def mean_difference(pairs, last=False):
 
 def add_model_flags(parser):
     """What bipo.py and eval.py have in common."""
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", required=True, help="checkpoint folder, alias or hub id")
-    group.add_argument(
-        "--template", choices=TEMPLATES, help="chat template (default: the vector's or the model's)"
-    )
-    group.add_argument("--system", help="'' for none (default: the vector's or the template's)")
-    group.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
-    group.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="of the weights (default: bfloat16 on a GPU, float32 on the CPU)",
-    )
-    group.add_argument("--lora", help="folder of a PEFT adapter to merge into the weights")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", required=True, help="checkpoint folder, alias or hub id")
+    add("--template", choices=TEMPLATES, help="of the chat (default: the vector's or the model's)")
+    add("--system", help="'' for none (default: the vector's or the template's)")
+    add("--device", help="cuda, mps or cpu (default: the first there is)")
+    dtypes = ("float32", "bfloat16", "float16")
+    add("--dtype", choices=dtypes, help="of the weights (default: bfloat16, but float32 on a CPU)")
+    add("--lora", help="folder of a PEFT adapter to merge into the weights")
 
 
 def add_pair_flags(parser, several=False):
     """Likewise; `several` files, or none, or else one."""
-    group = parser.add_argument_group("pairs")
+    add = parser.add_argument_group("pairs").add_argument
     number = {"nargs": "+", "default": []} if several else {"required": True}
-    group.add_argument(
-        "--data", type=Path, help=".csv, .json, .jsonl, .gz; formats: README", **number
-    )
-    group.add_argument(
-        "--letters", action="store_true", help="answer '(B)' to multiple choice, not its text"
-    )
-    group.add_argument("--best", action="store_true", help="TruthfulQA: the best answers only")
+    add("--data", type=Path, help=".csv, .json, .jsonl, .gz; formats: README", **number)
+    add("--letters", action="store_true", help="answer '(B)' to multiple choice, not its text")
+    add("--best", action="store_true", help="TruthfulQA: the best answers only")
 
 
 def pick_device(device, dtype):
     """(torch.device, torch.dtype) from --device and --dtype, which may be None. Raises ValueError
     for a device that is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    there["cpu"] = True
-    device = device or next(name for name in there if there[name])
-    if not there.get(device.split(":")[0]):
-        usable = ", ".join(name for name in there if there[name])
-        raise ValueError(f"--device {device} is not there; this machine has {usable}")
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = ["cuda", *(f"cuda:{i}" for i in range(n_gpus))] if n_gpus else []
+    there += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    device = device or there[0]
+    if device not in there:
+        raise ValueError(f"--device {device} is not there; this machine has {', '.join(there)}")
     device = torch.device(device)
-    dtype = dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    return device, getattr(torch, dtype)
+    return device, getattr(torch, dtype or ("float32" if device.type == "cpu" else "bfloat16"))
 
 
 def check_folder(out, overwrite):
-    """Raises ValueError if the folder can't be made or written to, or holds a run already."""
+    """The files of the run that the folder holds. Raises ValueError if there are such, unless
+    `overwrite`, and if the folder can't be made or written to."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
     except OSError as e:
         raise ValueError(f"cannot write to --out {out}: {e.strerror}") from None
-    if run_files(out) and not overwrite:
+    names = "vector.safetensors", "epoch_*.safetensors", "log.jsonl", "layers.json"
+    old = {file for name in names for file in out.glob(name)}
+    if old and not overwrite:
         raise ValueError(f"--out {out} holds a run: name another folder, or --overwrite")
-
-
-def run_files(out):
-    """The vector files of a run in this folder."""
-    files = [*out.glob("epoch_*.safetensors"), out / "vector.safetensors"]
-    return [file for file in files if file.is_file()]
+    return old
 
 
 def free_memory(root="/"):
@@ -375,9 +365,7 @@ def open_cache(n_tokens, dim, dtype, memory, folder):
         return torch.empty(n_tokens, dim, dtype=dtype), f"{what}, in memory"
     file = tempfile.TemporaryFile(dir=folder)
     try:
-        if hasattr(
-            os, "posix_fallocate"
-        ):  # else a disk that fills up ends the process, unexplained
+        if hasattr(os, "posix_fallocate"):  # or a disk that fills up ends the process, unexplained
             os.posix_fallocate(file.fileno(), 0, size)
         h = np.memmap(file, np.uint8, shape=size)
     except OSError as e:
@@ -404,10 +392,8 @@ class Progress:
             return
         self.printed = time.time()
         each = (self.printed - self.began) / done
-        count = f"{done:{len(str(self.total))}}/{self.total}"
-        left = clock(each * (self.total - done))
-        line = f"{self.what} {count}  {1000 * each:.1f} ms each, {left} left  {more}"
-        print(line.rstrip(), flush=True)
+        line = f"{self.what} {done:{len(str(self.total))}}/{self.total}  {1000 * each:.1f} ms each"
+        print(f"{line}, {clock(each * (self.total - done))} left  {more}".rstrip(), flush=True)
 
 
 def clock(seconds):
@@ -425,12 +411,11 @@ def make_recipe(args):
 
 def parse_layers(args, n_layers):
     """The layers that --layer names, ascending. ValueError if there is none, or one too many."""
+    auto = range(n_layers // 4, 3 * n_layers // 4 + 1, max(1, n_layers // 16))
     try:
-        layers = sorted({int(x) for x in args.layer.split(",")})
+        layers = sorted({int(x) for x in (auto if args.layer == "auto" else args.layer.split(","))})
     except ValueError:
-        if args.layer != "auto":
-            raise ValueError(f"--layer {args.layer!r}: give 15, or 10,13,15, or auto") from None
-        layers = [*range(n_layers // 4, 3 * n_layers // 4 + 1, max(1, n_layers // 16))]
+        raise ValueError(f"--layer {args.layer!r}: give 15, or 10,13,15, or auto") from None
     check_steer(layers, n_layers)
     if len(layers) > 1 and args.method not in DIRECTIONS:
         raise ValueError(f"--method {args.method} cannot choose a layer: give one, not {layers}")
@@ -444,14 +429,14 @@ def draw_pairs(pairs, most, noise, seed):
     kept = sorted(rng.sample(range(len(pairs)), len(pairs))[:most])
     swapped = set(rng.sample(kept, len(kept))[: round(noise * len(kept))])
 
-    def turned(pair):
-        return pair._replace(chosen=pair.rejected, rejected=pair.chosen)
-
-    return [turned(pairs[i]) if i in swapped else pairs[i] for i in kept], len(swapped)
+    drawn = [(pairs[i], i in swapped) for i in kept]
+    drawn = [p._replace(chosen=p.rejected, rejected=p.chosen) if turn else p for p, turn in drawn]
+    return drawn, len(swapped)
 
 
 def read_sets(args):
-    """(training pairs, held-out pairs, what they are in words); prints how they were read."""
+    """(training pairs, held-out pairs, what they are in words); prints how they were read, and
+    what may not be meant."""
     if not 0 <= args.label_noise <= 1 or (args.max_pairs is not None and args.max_pairs < 1):
         raise ValueError("needs --label-noise from 0 to 1 and --max-pairs >= 1")
     pairs = read_pairs(args.data, args.letters, args.best)
@@ -465,18 +450,17 @@ def read_sets(args):
     what = f"{len(drawn)} pairs of {args.data}"
     what += f", drawn from {len(pairs)}" if len(drawn) < len(pairs) else ""
     what += f", chosen and rejected swapped in {n_swapped}" if args.label_noise else ""
+    no_prompt = [pair.source for pair in drawn + held_out if not str(pair.prompt).strip()]
+    if no_prompt:
+        print(f"note: {len(no_prompt)} prompts are empty, the first at {no_prompt[0]}")
+    shared = {str(pair.prompt) for pair in drawn} & {str(pair.prompt) for pair in held_out}
+    if shared:
+        print(f"note: {len(shared)} held-out prompts are trained on, for example {min(shared)!r}")
     return drawn, held_out, f"{what}, held out {len(held_out)} {origin}"
 
 
-def print_notes(pairs, held_out):
-    """What may not be meant."""
-    no_prompt = [pair.source for pair in pairs + held_out if not str(pair.prompt).strip()]
-    if no_prompt:
-        print(f"note: {len(no_prompt)} prompts are empty, the first at {no_prompt[0]}")
-    shared = {pair.prompt for pair in pairs} & {pair.prompt for pair in held_out}
-    if shared:
-        example = min(map(str, shared))
-        print(f"note: {len(shared)} held-out prompts are trained on, for example {example!r}")
+def count_steps(recipe, n):
+    return recipe.epochs * math.ceil(n / recipe.batch_size)
 
 
 def fill(checkpoint, start, layer, ids, h):
@@ -488,47 +472,25 @@ def fill(checkpoint, start, layer, ids, h):
     checkpoint.read(layer + 1, model.config.n_layers)
 
 
-def count_steps(recipe, n):
-    return recipe.epochs * math.ceil(n / recipe.batch_size)
-
-
 def train_aloud(what, args, model, layer, pairs, held_out, recipe):
-    """`train` as --method and --seed say, with progress."""
+    """`train` as --method and --seed say, with progress. Yields a row of the log and v."""
     progress = Progress(what, count_steps(recipe, len(pairs)))
     batches = draw_batches(len(pairs), recipe, args.seed, DIRECTIONS[args.method])
     for step in train(model, layer, pairs, held_out, recipe, args.seed, batches):
-        progress(step.step, f"loss {step.loss:.4f}  lr {step.lr:.1e}  |v| {step.v.norm():.3f}")
-        yield step
+        row = {k: x for k, x in step._asdict().items() if not isinstance(x, torch.Tensor)}
+        row["v_norm"] = step.v.norm().item()
+        progress(step.step, "loss {loss:.4f}  lr {lr:.1e}  |v| {v_norm:.3f}".format(**row))
+        yield row, step.v
 
 
-def try_layers(args, checkpoint, layers, ids, h, sets, recipe):
-    """What a brief training at each layer, ascending, comes to; prints it as a table. h and the
-    CachedPairs of `sets`, which view it, are those of the first layer and go on to the last."""
-    model, rows = checkpoint.model, []
+def try_layer(args, model, layer, sets, recipe):
+    """What a brief training at this layer comes to."""
     recipe = replace(recipe, epochs=SEARCH_EPOCHS)
     warmup = min(recipe.warmup_steps, count_steps(recipe, len(sets[0])) // 4)
     recipe = replace(recipe, warmup_steps=warmup)
-    for before, layer in zip(layers[:1] + layers, layers, strict=False):
-        fill(checkpoint, before + 1, layer, ids, h)
-        *_, last = train_aloud(f"layer {layer}: step", args, model, layer, *sets, recipe)
-        norm, held_out = last.v.norm().item(), last.held_out
-        margin = (held_out[1]["margin"] - held_out[-1]["margin"]) / 2
-        rows.append({"layer": layer, "margin": margin, "held_out": held_out, "v_norm": norm})
-    for row in rows:
-        more = "mean margin {margin:+.2f} nats, |v| {v_norm:.3f}".format(**row)
-        print(f"{held_out_line(row)}  {more}", flush=True)
-    return rows
-
-
-def find_vectors(args, model, layer, pairs, held_out, recipe):
-    """Yields a row of the log and v: after each step, or once if the method does not train."""
-    if args.method in DIRECTIONS:
-        for step in train_aloud("step", args, model, layer, pairs, held_out, recipe):
-            row = {k: x for k, x in step._asdict().items() if not isinstance(x, torch.Tensor)}
-            yield row, step.v
-    else:
-        v = mean_difference(pairs, last=args.method == "caa").to(model.device)
-        yield {"held_out": evaluate(model, layer, v, held_out, recipe.beta)}, v
+    *_, (row, _) = train_aloud(f"layer {layer}: step", args, model, layer, *sets, recipe)
+    margin = sum(d * x["margin"] for d, x in row["held_out"].items()) / 2
+    return {"layer": layer, "margin": margin} | {key: row[key] for key in ("held_out", "v_norm")}
 
 
 def run(args):
@@ -547,113 +509,113 @@ def run(args):
     n = len(ids)  # the others are held out
     ids += [chat.encode_pair(pair, config.max_seq_len) for pair in held_out]
     device, dtype = pick_device(args.device, args.dtype)
-    stem = Path(args.data.name.removesuffix(".gz")).stem
-    name = f"{stem}-layer{args.layer.replace(',', '-')}-{args.method}".removesuffix("-bipo")
-    out = args.out or Path("runs", name)
-    check_folder(out, args.overwrite)
     checkpoint = Checkpoint(path, dtype, device, args.lora)
-    n_tokens = sum(map(length, ids))
+    stem = Path(args.data.name.removesuffix(".gz")).stem
+    name = "auto" if args.layer == "auto" else "-".join(map(str, layers))
+    out = args.out or Path("runs", f"{stem}-layer{name}-{args.method}".removesuffix("-bipo"))
+    old = check_folder(out, args.overwrite)
     memory = free_memory() / 2 if args.cache_gib is None else args.cache_gib * 2**30
-    h, place = open_cache(n_tokens, config.dim, dtype, memory, out)
-    settings = {
-        "base_model": base_model,
-        "model_type": config.family,
-        "lora": args.lora or "",
-        "n_layers": str(config.n_layers),
-        "layer": ",".join(map(str, layers)),
-        "template": chat.template,
-        "system": chat.system,
-        "tokenizer": chat.tokenizer.name,
-        "method": args.method,
-        "seed": str(args.seed),
-        "device": str(device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "data": data,
-    }
+    h, place = open_cache(sum(map(length, ids)), config.dim, dtype, memory, out)
+    settings = {"base_model": base_model, "model_type": config.family, "lora": args.lora or ""}
+    settings |= {"n_layers": str(config.n_layers), "layer": ",".join(map(str, layers))}
+    settings |= {"template": chat.template, "system": chat.system, "tokenizer": chat.tokenizer.name}
+    settings |= {"method": args.method, "seed": str(args.seed), "device": str(device)}
+    settings |= {"dtype": str(dtype).removeprefix("torch."), "data": data}
     if trains:
         settings |= {"preset": args.preset or "paper", "recipe": json.dumps(asdict(recipe))}
     for name, value in settings.items():
         print(f"{name:10}  {value}".rstrip())
     print(f"first pass  {place}")
-    print_notes(pairs, held_out)
     if trains and recipe.warmup_steps >= count_steps(recipe, n):
         print(f"note: all {count_steps(recipe, n)} steps are warm-up; see --warmup-steps")
 
     # 2. what does not depend on v; blocks up to the layer come one at a time, the others stay
     model, cached, layer = checkpoint.model, [], layers[0]
     fill(checkpoint, 0, layer, ids, h)
+    if not trains:
+        n_tokens = sum(map(length, ids[:n]))
+        v = mean_difference(ids[:n], h[:n_tokens], args.method == "caa").to(device)
+        n, ids, h = 0, ids[n:], h[n_tokens:]  # those that are held out need a reference
     progress = Progress("first pass, reference: pair", len(ids))
     for pair in reference_pass(model, layer, ids, h):
         cached.append(pair)
         progress(len(cached))
     sets = cached[:n], cached[n:]
+    new = [out / "log.jsonl"]  # written as .part, to take its name when there is a vector
     if len(layers) > 1:
-        rows = try_layers(args, checkpoint, layers, ids, h, sets, recipe)
-        layer = max(rows, key=lambda row: row["margin"])["layer"]
-        write_whole(out / "layers.json", json.dumps({"layer": layer, "tried": rows}).encode())
-        print(f"layer {layer} has the largest margin; the table is saved as {out}/layers.json")
+        tried = []
+        for before, after in zip(layers[:1] + layers, layers, strict=False):
+            fill(checkpoint, before + 1, after, ids, h)  # makes `sets`, which view h, this layer's
+            tried.append(try_layer(args, model, after, sets, recipe))
+        print(*map(held_out_line, tried), sep="\n")
+        layer = max(tried, key=lambda row: row["margin"])["layer"]
+        new.append(out / "layers.json")
+        Path(f"{new[-1]}.part").write_text(json.dumps({"layer": layer, "tried": tried}))
+        print(f"layer {layer} has the largest margin; the table goes to {new[-1]}", flush=True)
         settings["layer"] = str(layer)
         fill(checkpoint, 0, layer, ids, h)
 
     # 3. the vector
-    old = run_files(out) + [out / "layers.json"] * (len(layers) == 1)
-    with open(out / "log.jsonl", "w", encoding="utf-8") as log:
+    if trains:
+        found = train_aloud("step", args, model, layer, *sets, recipe)
+    else:
+        report = evaluate(model, layer, v, sets[1], recipe.beta)
+        found = [({"held_out": report, "v_norm": v.norm().item()}, v)]
+    with open(f"{new[0]}.part", "w", encoding="utf-8") as log:
         print(json.dumps(settings | {"first_pass": place}), file=log)
-        for row, v in find_vectors(args, model, layer, *sets, recipe):
-            row["v_norm"] = v.norm().item()
+        for row, v in found:
             print(json.dumps(row), file=log, flush=True)
-            if row["held_out"]:
-                names = ["vector"]
-                if trains:
-                    names.append(f"epoch_{row['epoch']:02}")
-                    settings["epoch"] = str(row["epoch"])
-                print(held_out_line(row), flush=True)
-                while old:  # of a run that is overwritten, now that there is something better
-                    old.pop().unlink(missing_ok=True)
-                for name in names:
-                    save_vector(out / f"{name}.safetensors", {layer: v}, settings)
+            if not row["held_out"]:
+                continue
+            print(held_out_line(row), flush=True)
+            files = [out / "vector.safetensors"]
+            if trains:
+                files.append(out / f"epoch_{row['epoch']:02}.safetensors")
+                settings["epoch"] = str(row["epoch"])
+            for file in files:
+                save_vector(file, {layer: v}, settings)
+            for file in old.difference(files):  # only now may the run that is overwritten go
+                file.unlink(missing_ok=True)
+            for file in new:
+                os.replace(f"{file}.part", file)
+            old, new = set(), []
     files = "vector.safetensors, a file an epoch" if trains else "vector.safetensors"
     print(f"saved {files} and log.jsonl in {out} after {clock(time.time() - began)}")
 
 
 def held_out_line(row):
-    line = "".join(f"{key} {row[key]:2}  " for key in ("epoch", "layer") if key in row) + "held out"
-    for d, x in row["held_out"].items():
-        line += f"  d {d:+d}: loss {x['loss']:.4f}, margin {x['margin']:+6.2f} nats,"
-        line += f" accuracy {x['accuracy']:4.0%}"
-    return line
+    numbers = "d {:+d}: loss {loss:.4f}, margin {margin:+6.2f} nats, accuracy {accuracy:4.0%}"
+    line = [f"{key} {row[key]:2}" for key in ("epoch", "layer") if key in row] + ["held out"]
+    line += [numbers.format(d, **x) for d, x in row["held_out"].items()]
+    if "layer" in row:
+        line.append("mean margin {margin:+.2f} nats, |v| {v_norm:.3f}".format(**row))
+    return "  ".join(line)
 
 
 def main(argv=None):
     parser = Parser(prog="bipo.py", description="Learn a steering vector from preference pairs.")
     add_model_flags(parser)
     add_pair_flags(parser)
-    group = parser.add_argument_group("held-out pairs and output")
-    group.add_argument("--val", type=Path, help="held-out pairs (default: a tenth of the prompts)")
-    group.add_argument("--out", type=Path, help="folder (default: runs/DATA-layerL[-METHOD])")
-    group.add_argument("--overwrite", action="store_true", help="replace a run found in --out")
-    group.add_argument(
-        "--cache-gib",
-        type=float,
-        help="memory for the first pass; more goes to a file in --out (default: half of the free)",
-    )
-    group.add_argument("--max-pairs", type=int, help="train on at most so many, drawn by the seed")
-    group.add_argument("--label-noise", type=float, default=0, help="share of pairs to swap")
-    group = parser.add_argument_group("training (flags win over the preset)")
-    group.add_argument("--layer", required=True, help="v's block, from 0; 10,13 or auto: the best")
-    group.add_argument(
-        "--method", choices=METHODS, default="bipo", help="positive: d = +1; caa, freeform: means"
-    )
-    group.add_argument("--preset", choices=PRESETS, help="default: paper")
-    group.add_argument("--seed", type=int, default=0, help="of split, drawn pairs, order and d")
-    group.add_argument("--beta", type=float, help="scale of the margin in the loss, per nat")
-    group.add_argument("--lr", type=float, help="peak learning rate")
-    group.add_argument("--batch-size", type=int, help="pairs a step")
-    group.add_argument("--weight-decay", type=float, help="AdamW's, per unit of rate")
-    group.add_argument("--warmup-steps", type=int, help="steps from rate 0 to the peak")
-    group.add_argument("--epochs", type=int, help="passes over the pairs; each saves a vector")
-    group.add_argument("--schedule-epochs", type=int, help="epochs to rate 0; 0: those run")
-    group.add_argument("--clip-norm", type=float, help="largest norm of v's gradient")
+    add = parser.add_argument_group("held-out pairs and output").add_argument
+    add("--val", type=Path, help="held-out pairs (default: a tenth of the prompts)")
+    add("--out", type=Path, help="folder (default: runs/DATA-layerL[-METHOD])")
+    add("--overwrite", action="store_true", help="replace a run found in --out")
+    add("--cache-gib", type=float, help="of memory; the rest in --out (default: half of the free)")
+    add("--max-pairs", type=int, help="train on at most so many, drawn by the seed")
+    add("--label-noise", type=float, default=0, help="share of pairs to swap")
+    add = parser.add_argument_group("training (flags win over the preset)").add_argument
+    add("--layer", required=True, help="v's block, from 0; 10,13 or auto: the best")
+    add("--method", choices=METHODS, default="bipo", help="positive: d = +1; caa, freeform: means")
+    add("--preset", choices=PRESETS, help="default: paper")
+    add("--seed", type=int, default=0, help="of split, drawn pairs, order and d")
+    add("--beta", type=float, help="scale of the margin in the loss, per nat")
+    add("--lr", type=float, help="peak learning rate")
+    add("--batch-size", type=int, help="pairs a step")
+    add("--weight-decay", type=float, help="AdamW's, per unit of rate")
+    add("--warmup-steps", type=int, help="steps from rate 0 to the peak")
+    add("--epochs", type=int, help="passes over the pairs; each saves a vector")
+    add("--schedule-epochs", type=int, help="epochs to rate 0; 0: those run")
+    add("--clip-norm", type=float, help="largest norm of v's gradient")
     run_or_exit(parser, run, argv)
 
 

@@ -293,6 +293,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(mini, mini_pairs):
     broken = [pair._replace(h=pair.h * math.nan) for pair in mini_pairs]
     with pytest.raises(ValueError, match="step 1: loss nan"):
         next(train(model, 1, broken, mini_pairs, RECIPE))
+    with pytest.raises(ValueError, match="held-out loss nan at d [+]1"):
+        list(train(model, 1, mini_pairs, broken, RECIPE))
 
 
 def test_bf16_weights_train_an_fp32_vector(mini_pairs):
@@ -474,7 +476,7 @@ def test_letter_pairs(mini):
 
 
 @pytest.mark.parametrize("method", ["caa", "freeform", "letters"])
-def test_mean_differences_by_hand(mini, tmp_path, capsys, method):
+def test_mean_differences_by_hand(mini, tmp_path, capsys, monkeypatch, method):
     model, chat = mini
 
     def h(ids, start):
@@ -504,7 +506,11 @@ def test_mean_differences_by_hand(mini, tmp_path, capsys, method):
         flags = ["--method", "caa", "--letters", "--data", file]
     expected = torch.stack(differences).mean(0)
     capsys.readouterr()
-    vectors, metadata, (settings, row) = run_main(tmp_path / "run", "--layer", 1, *flags)
+    referenced, cached = [], bipo.CachedPair
+    with monkeypatch.context() as patch:
+        patch.setattr(bipo, "CachedPair", lambda *x: referenced.append(x) or cached(*x))
+        vectors, metadata, (settings, row) = run_main(tmp_path / "run", "--layer", 1, *flags)
+    assert len(referenced) == 3  # the pairs that are held out
     assert expected.norm() > 0.005 and torch.allclose(vectors[1], expected, atol=1e-6)
     assert metadata["method"] == settings["method"] == flags[1]
     assert not {"epoch", "recipe", "preset"} & metadata.keys()
@@ -646,7 +652,7 @@ def test_layers_by_name():
 def test_default_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for flags, name in (
-        (["--layer", "1,2", "--epochs", 1], "train-layer1-2"),
+        (["--layer", "2, 1,2", "--epochs", 1], "train-layer1-2"),
         (["--layer", "auto", "--epochs", 1, "--method", "positive"], "train-layerauto-positive"),
         (["--layer", "1", "--method", "caa"], "train-layer1-caa"),
     ):
@@ -670,7 +676,7 @@ def test_pairs_of_2048_tokens(tmp_path):
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
 
 
-def broken(*args):
+def broken(*args, **flags):
     raise ValueError("it broke")
 
 
@@ -683,18 +689,30 @@ def test_a_finished_run_is_not_overwritten_unasked(tmp_path, fails, monkeypatch)
     (tmp_path / "epoch_07.safetensors").write_bytes(b"of a longer run")
     (tmp_path / "notes.safetensors").write_bytes(b"not of a run")
     (tmp_path / "log.txt").write_bytes(b"neither")
-    with monkeypatch.context() as patch:  # a run that fails before it has a vector to save
-        patch.setattr(bipo, "evaluate", broken)
-        fails(bipo.main, [*args, "--overwrite"], "it broke")
-    assert (tmp_path / "vector.safetensors").read_bytes() == before
+    (tmp_path / "layers.json").write_bytes(b"of a run that tried layers")
+    names = {"epoch_01.safetensors", "log.jsonl", "log.txt", "notes.safetensors"}
+    names |= {"vector.safetensors"}
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert before.keys() == names | {"epoch_07.safetensors", "layers.json"}
+    search = ["--overwrite", "--layer", "1,2"]
+    for broke, flags in (  # before there is a vector, and when it cannot be saved
+        ("evaluate", ["--overwrite"]),
+        ("evaluate", ["--overwrite", "--method", "caa"]),
+        ("save_vector", search),
+    ):
+        given = args[:6] + args[8:] if "caa" in flags else args
+        with monkeypatch.context() as patch:
+            patch.setattr(bipo, broke, broken)
+            fails(bipo.main, [*given, *flags], "it broke")
+        assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    bipo.main([*args, *search])
+    assert {file.name for file in tmp_path.iterdir()} == names | {"layers.json"}
     bipo.main([*args, "--overwrite"])
-    assert sorted(file.name for file in tmp_path.iterdir()) == [
-        "epoch_01.safetensors",
-        "log.jsonl",
-        "log.txt",
-        "notes.safetensors",
-        "vector.safetensors",
-    ]
+    assert {file.name for file in tmp_path.iterdir()} == names
+    bipo.main([*args[:6], *args[8:], "--overwrite", "--method", "caa"])
+    assert {file.name for file in tmp_path.iterdir()} == names - {"epoch_01.safetensors"}
+    (tmp_path / "vector.safetensors").unlink()
+    fails(bipo.main, args, str(tmp_path), "--overwrite")  # for its log
 
 
 def test_notes_about_the_pairs(tmp_path, capsys):
@@ -747,7 +765,8 @@ def test_user_errors(tmp_path, fails):
     wrong("cannot write", out=a_file / "out")
     wrong("epochs is 0", epochs=0)
     wrong("unrecognized arguments", nonsense=1)
-    wrong("--device warp", device="warp")
+    for device in ("warp", "cpu:x", "cuda:99"):
+        wrong(f"--device {device} is not there", "cpu", device=device)
 
 
 def test_a_checkpoint_that_cannot_be_read(tmp_path, fails):
@@ -756,6 +775,7 @@ def test_a_checkpoint_that_cannot_be_read(tmp_path, fails):
     (broken / "model.safetensors").write_bytes(b"cut")
     args = ["--model", broken, *TRAIN[3:], "--out", tmp_path / "out"]
     fails(bipo.main, args, "cannot read", "model.safetensors")
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_flag_is_read(monkeypatch, tmp_path):
