@@ -173,12 +173,17 @@ def reference_pass(model, layer, ids, h):
         yield from map(CachedPair, ids[part], rows[part], ref_logps)
 
 
-def first_pass(model, layer, ids):
-    """The CachedPair of each PairIds, by a model that is in memory as a whole."""
-    n_tokens = sum(map(length, ids))
+def first_pass(model, layer, ids, aloud=False):
+    """The CachedPair of each PairIds, by a model that is in memory as a whole.
+
+    aloud: print how far it is, if it takes more than a few seconds.
+    """
+    n_tokens, n_parts = sum(map(length, ids)), len(list(parts(ids)))
     h = torch.empty(n_tokens, model.config.dim, dtype=model.norm.weight.dtype)
-    for _ in lower_pass(model, layer, ids, h):
-        pass
+    progress = Progress("first pass", n_parts * (layer + 1), quiet=True)
+    for done, _ in enumerate(lower_pass(model, layer, ids, h), 1):
+        if aloud:
+            progress(done)
     return list(reference_pass(model, layer, ids, h))
 
 

@@ -1,7 +1,7 @@
 """What a steering vector does: to which share of inputs, at what cost, and beside simple baselines.
 
     python eval.py --model llama2-7b-chat --vector runs/pairs-layer15 --data held_out.jsonl
-    python eval.py chat --model llama2-7b-chat --vector runs/pairs-layer15
+    python eval.py chat | judge | pairs --help    # talk to it; have answers rated; make pairs
 
 The vector file says its layers, chat template and system prompt. Each number stands with its 95%
 interval, which is over questions. Sources of the measures:
@@ -197,7 +197,7 @@ def choice_scores(model, layer, steer, ids, multipliers):
     found = {}
     for n in {len(x) for x in ids}:  # so many at a time have the same number of answers
         rows = [i for i, x in enumerate(ids) if len(x) == n]
-        cached = first_pass(model, layer, [ids[i] for i in rows])
+        cached = first_pass(model, layer, [ids[i] for i in rows], aloud=True)
         logps = pair_scores(model, layer, steer, cached, multipliers)
         found |= zip(rows, logps.swapaxes(0, 1), strict=True)
     return [found[i] for i in range(len(ids))]
@@ -312,15 +312,12 @@ def answers(model, chat, steer, prompts, multipliers, max_new_tokens):
 def free_answers(model, chat, steer, prompts, multipliers, max_new_tokens, prefixes):
     """Greedy answers, a dict each: prompt, multiplier, answer, tokens, nll, kl, repeated, fault,
     refuses."""
-    asked = [chat.encode_prompt(prompt) for prompt in prompts]
     new = answers(model, chat, steer, prompts, multipliers, max_new_tokens)
     found, progress = [], Progress("fluency of answers", len(multipliers), quiet=True)
     for j, m in enumerate(multipliers):
-        ids = [(prompt, row[j]) for prompt, row in zip(asked, new, strict=True)]
-        scaled = {layer: m * v for layer, v in steer.items()}
-        for prompt, (_, answer), nll, kl in zip(
-            prompts, ids, *fluency(model, scaled, ids), strict=True
-        ):
+        ids = [(chat.encode_prompt(x), row[j]) for x, row in zip(prompts, new, strict=True)]
+        measured = fluency(model, {layer: m * v for layer, v in steer.items()}, ids)
+        for prompt, (_, answer), nll, kl in zip(prompts, ids, *measured, strict=True):
             text, repeated = chat.tokenizer.decode(answer), repetition(answer)
             row = dict(prompt=prompt, multiplier=m, answer=text, tokens=len(answer), nll=nll, kl=kl)
             row |= dict(repeated=repeated, fault=fault(text, repeated, nll))
@@ -519,29 +516,26 @@ def pair_tables(model, layer, compared, multipliers, data):
     """Yields (title, rows) for Encoded data. compared: {name: [steering, ...]}, of which the first
     is measured at all multipliers and each, as a mean over its list, at -1 and +1."""
     (whole, *_), *_ = compared.values()
-    cached = first_pass(model, layer, data.pairs)
+    cached = first_pass(model, layer, data.pairs, aloud=True)
     logps = pair_scores(model, layer, whole, cached, multipliers)
     yield "pairs", pair_rows(logps, cached, multipliers, data.questions)
     if len(multipliers) > 1:
         title = f"steerability from {min(multipliers):+g} to {max(multipliers):+g}"
         yield title, [slope_row(slopes(logps, multipliers)[None], data.questions)]
-    found = {
-        name: [pair_scores(model, layer, steer, cached, (-1, 1)) for steer in steers]
-        for name, steers in compared.items()
-        if len(compared) > 1 or data.sides
-    }
+    found = {}
+    for name, steers in compared.items() if len(compared) > 1 or data.sides else ():
+        logps = [pair_scores(model, layer, steer, cached, (-1, 1)) for steer in steers]
+        found[name] = np.array([slopes(x, (-1, 1)) for x in logps])
     if data.sides:  # without v, the first pass's log-probabilities are all
-        prompted = [first_pass(model, layer, ids) for ids in data.sides]
-        logps = [[pair.ref_logps.tolist() for pair in side] for side in prompted]
-        found["system prompts"] = [np.array(logps)]
+        prompted = [first_pass(model, layer, ids, aloud=True) for ids in data.sides]
+        logps = np.array([[pair.ref_logps.tolist() for pair in side] for side in prompted])
+        found["system prompts"] = slopes(logps, (-1, 1))[None]
     if found:
-        each = {
-            name: np.array([slopes(x, (-1, 1)) for x in logps]) for name, logps in found.items()
-        }
-        yield "compared at -1 and +1", comparison_rows(each, data.questions)
+        yield "compared at -1 and +1", comparison_rows(found, data.questions)
     if data.letters:
         questions, ids = zip(*data.letters, strict=True)
-        logps = pair_scores(model, layer, whole, first_pass(model, layer, ids), multipliers)
+        cached = first_pass(model, layer, ids, aloud=True)
+        logps = pair_scores(model, layer, whole, cached, multipliers)
         yield "A/B", letter_rows(logps, multipliers, questions)
 
 
@@ -615,9 +609,8 @@ def run(args):
         logps = choice_scores(model, layer, whole, ids, from_0)
         show(name, choice_rows(name, questions, logps, from_0))
     if prompts:
-        found = free_answers(
-            model, chat, whole, prompts, multipliers, args.max_new_tokens, prefixes
-        )
+        options = multipliers, args.max_new_tokens, prefixes
+        found = free_answers(model, chat, whole, prompts, *options)
         show("free answers", free_rows(found, multipliers))
         print_answers(found, prompts[:SHOWN])
 
@@ -961,63 +954,43 @@ def make_pairs(args):
 # ---- Command line --------------------------------------------------------------------------------
 
 
-def add_vector_flags(group, max_new_tokens):
-    group.add_argument(
-        "--vector",
-        nargs="+",
-        required=True,
-        metavar="FILE[:MULTIPLIER]",
-        help="vector files or folders of runs; they add up",
-    )
-    group.add_argument("--layer", type=int, help=LAYER_HELP)
-    group.add_argument(
-        "--max-new-tokens",
-        type=int,
-        default=max_new_tokens,
-        help=f"per answer (default: {max_new_tokens})",
-    )
+def add_vector_flags(parser, title, max_new_tokens):
+    """Returns the group's add_argument."""
+    add, files = parser.add_argument_group(title).add_argument, "FILE[:MULTIPLIER]"
+    add("--vector", nargs="+", required=True, metavar=files, help="or folders of runs; they add up")
+    add("--layer", type=int, help=LAYER_HELP)
+    n = max_new_tokens
+    add("--max-new-tokens", type=int, default=n, help=f"per answer (default: {n})")
+    return add
 
 
 def add_flags(parser):
     add_model_flags(parser)
     add_pair_flags(parser, several=True)
-    group = parser.add_argument_group("vector")
-    add_vector_flags(group, 64)
-    group.add_argument(
-        "--multipliers",
-        type=float,
-        nargs="+",
-        default=[-2, -1, 0, 1, 2],
-        help="of the vector (default: -2 -1 0 1 2)",
+    add = add_vector_flags(parser, "vector", 64)
+    usual = [-2, -1, 0, 1, 2]
+    add("--multipliers", type=float, nargs="+", default=usual, help="default: -2 -1 0 1 2")
+    add = parser.add_argument_group("beside it, on the pairs, at -1 and +1").add_argument
+    add(
+        "--baseline", nargs="+", default=[], metavar="FILE", help="at its norm; 'random': 5 of them"
     )
-    group = parser.add_argument_group("beside it, on the pairs, at -1 and +1")
-    group.add_argument(
-        "--baseline",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="vector files, brought to the vector's norm; 'random': five directions",
-    )
-    group.add_argument("--system-for", help="added to the system prompt instead of +1 times v")
-    group.add_argument("--system-against", help="likewise, instead of -1 times v")
-    group = parser.add_argument_group("what else is measured")
-    group.add_argument(
-        "--choices", type=Path, nargs="+", default=[], help="MMLU's or TruthfulQA's files"
-    )
-    group.add_argument("--first", type=int, help="questions of each of these files")
-    group.add_argument("--prompts", type=Path, help="to be answered instead of the pairs' prompts")
-    group.add_argument("--samples", type=int, default=20, help="prompts answered (default: 20)")
-    group.add_argument("--refusals", type=Path, help="how refusals begin, a line each")
-    group = parser.add_argument_group("output")
-    group.add_argument("--json", type=Path, help="file for all tables and answers")
-    group.add_argument("--plot", type=Path, help=".svg, .png or .pdf (default: bars of text)")
+    add("--system-for", help="added to the system prompt instead of +1 times the vector")
+    add("--system-against", help="likewise, instead of -1 times the vector")
+    add = parser.add_argument_group("what else is measured").add_argument
+    add("--choices", type=Path, nargs="+", default=[], help="files of MMLU or TruthfulQA")
+    add("--first", type=int, help="questions of each of these files (default: all)")
+    add("--prompts", type=Path, help="to be answered instead of the pairs' prompts")
+    add("--samples", type=int, default=20, help="prompts answered (default: 20)")
+    add("--refusals", type=Path, help="how refusals begin, a line each (default: REFUSALS)")
+    add = parser.add_argument_group("output").add_argument
+    add("--json", type=Path, help="file for all tables and answers")
+    add("--plot", type=Path, help=".svg, .png or .pdf (default: bars of text)")
 
 
 def add_chat_flags(parser):
     add_model_flags(parser)
-    group = parser.add_argument_group("conversation")
-    add_vector_flags(group, 256)
-    group.add_argument("--multiplier", type=float, default=1.0, help="at first (default: 1)")
+    add = add_vector_flags(parser, "conversation", 256)
+    add("--multiplier", type=float, default=1.0, help="at first (default: 1)")
 
 
 def add_judge_flags(parser):
