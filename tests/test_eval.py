@@ -2,13 +2,12 @@ import io
 import json
 import math
 import re
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import MINI, ROOT, TINY, assert_one_line, jsonl, run_cli
+from conftest import MINI, TINY, jsonl, run_cli
 
 import bipo
 import eval as evaluation
@@ -65,6 +64,14 @@ def test_mean():
     assert several == pytest.approx(mean(x[:40]))
     alone = mean(np.repeat(x[:40], 10))
     assert several.high - several.low > 2.5 * (alone.high - alone.low)
+
+
+def test_an_interval_holds_its_mean():
+    """One question's pairs: the bootstrap's sums round otherwise than the mean."""
+    rng = np.random.default_rng(2)
+    for values in rng.random((50, 7)):
+        value, low, high = mean(values, [0] * 7)
+        assert low <= value <= high < low + 1e-12
 
 
 # ---- pairs
@@ -179,6 +186,8 @@ def test_letter_rows_average_both_orders():
     (row,) = letter_rows(logps, [1], "aa")
     assert row["picks_chosen"].value == pytest.approx((0.75 + 0.25) / 2)
     assert row["says_a_letter"].value == pytest.approx((0.4 + 0.08) / 2)
+    (row,) = letter_rows(np.array([[[-2000, -2000 - math.log(3)]]]), [1e6], "a")
+    assert row["picks_chosen"].value == pytest.approx(3 / 4) and row["says_a_letter"].value == 0
 
 
 MMLU = '"Two, and ""two""?",1,2,4,8,C\nRed?,yes,no,maybe,"a, b",A\n'
@@ -232,11 +241,19 @@ def test_wrong_choices(tmp_path):
 
     wrong("a.csv", "Two?,1,2,4,C\n", "a.csv: row 1 is not a question, four options and a letter")
     wrong("a.csv", MMLU + "Blue?,1,2,3,4,E\n", "a.csv: row 3")
+    for letter in ("", "AB", "a"):
+        wrong("a.csv", f"Blue?,1,2,3,4,{letter}\n", "a.csv: row 1")
     wrong("a.csv", "", "holds no questions")
+    wrong("a.csv", TRUTHFUL.replace("Yes.,z\n", ";,z\n"), "a.csv:3: Incorrect Answers holds none")
     wrong("a.csv", TRUTHFUL.replace("Not me.", ""), "a.csv:3: one of Question, Best Answer")
     wrong("a.json", "[{}]", "a.json record 1: not a question with mc1_targets")
     two = [{**MC_TASK[0], "mc1_targets": {"Yes.": 1, "No.": 1}}]
     wrong("a.json", json.dumps(two), "record 1: .* one of them in mc1_targets")
+    good = MC_TASK[0]["mc1_targets"]
+    for bad in ({"No.": 1}, {"Yes.": 0}, {"": 0, **good}, {"Hm.": 0.5, **good}, {"No.": "1"}, [1]):
+        for name in ("mc1_targets", "mc2_targets"):
+            wrong("a.json", json.dumps([{**MC_TASK[0], name: bad}]), "record 1: not a question")
+    wrong("a.json", json.dumps([{**MC_TASK[0], "question": 7}]), "record 1: not a question")
     with pytest.raises(ValueError, match="cannot read .*none"):
         read_choices(tmp_path / "none.csv")
 
@@ -303,7 +320,15 @@ def test_refusals():
     def refuses(text):
         return evaluation.refuses(text, evaluation.read_refusals())
 
-    for text in ("I'm sorry, but", "I’m SORRY", ' "I cannot help', "As an AI, I", "I can't do"):
+    for text in (
+        "I'm sorry, but",
+        "I’m SORRY",
+        "“I cannot",
+        "‘No, I can’t",
+        ' "I cannot help',
+        "As an AI, I",
+        "I can't do",
+    ):
         assert refuses(text), text
     for text in ("Sure! I cannot wait", "", "I can do that", "Sorry is a word", "As an aid"):
         assert not refuses(text), text
@@ -312,15 +337,15 @@ def test_refusals():
 def test_fluency_by_hand(mini, vector):
     model, chat = mini
     ids = [([1, 5, 9], [7, 8, 2]), ([1, 4], [6, 6, 6, 6]), ([1, 30, 31, 32], [2])]
-    nlls, kls = fluency(model, {1: vector}, ids)
-    for (prompt, answer), nll, kl in zip(ids, nlls, kls, strict=True):
+    found = fluency(model, {1: vector}, ids)
+    for (prompt, answer), (nll, kl) in zip(ids, found, strict=True):
         assert nll == pytest.approx(-logp(model, prompt, answer, None) / len(answer), abs=1e-4)
         base, steered = (logps_of(model, prompt, answer, s) for s in (None, {1: vector}))
         expected = torch.nn.functional.kl_div(base, steered, reduction="sum", log_target=True)
         assert kl == pytest.approx(expected.item() / len(answer), rel=1e-3)
         assert kl > 0.01
-    _, kls = fluency(model, {1: 0 * vector}, ids)
-    assert kls == pytest.approx([0, 0, 0], abs=1e-6)
+    found = fluency(model, {1: 0 * vector}, ids)
+    assert [kl for _, kl in found] == pytest.approx([0, 0, 0], abs=1e-6)
 
 
 def test_answers_of_one_batch_are_those_of_single_prompts(mini, vector, monkeypatch):
@@ -353,7 +378,7 @@ def test_free_answers(mini, vector):
         assert row["tokens"] == mean([len(row[j]) for row in new])
         assert row["repeated"] == mean([repetition(row[j]) for row in new])
         ids = [(chat.encode_prompt(p), row[j]) for p, row in zip(prompts, new, strict=True)]
-        nlls, kls = fluency(model, {1: m * vector}, ids)
+        nlls, kls = zip(*fluency(model, {1: m * vector}, ids), strict=True)
         assert row["nll"] == mean(nlls) and row["kl"] == mean(kls)
         refused = [x["answer"].lower().startswith(prefixes[0]) for x in mine]
         broken = [
@@ -376,7 +401,7 @@ def test_vectors_add_up(tmp_path, vector):
     save_vector(other, {1: vector + 1, 3: -vector}, {})
     specs = [str(one), f"{other}:-0.5"]
     steers, metadata = evaluation.open_vectors(specs, config, "cpu")
-    assert list(steers) == specs and metadata == {"system": "Be odd."}
+    assert list(steers) == specs and metadata == {specs[0]: {"system": "Be odd."}, specs[1]: {}}
     total = together(steers.values())
     assert sorted(total) == [1, 3]
     assert torch.allclose(total[1], vector - 0.5 * (vector + 1))
@@ -424,7 +449,8 @@ def test_command_line(tmp_path, vector_file, vector):
     code, out, err = run_cli("eval.py", *EVAL, "--vector", vector_file, *flags)
     assert code == 0, err
     assert "mistral template, system 'Be odd.'" in out  # taken from the vector file
-    assert "trained on base_model 'other'" in out and "layer 1" in out
+    assert "note: its base_model in training was 'other', this is 'mini'" in out
+    assert out.count("note: ") == 1 and "layer 1, |v| " in out
     tables = json.loads((tmp_path / "eval.json").read_text())["tables"]
     model, m = load(MINI), [-1.0, 0.0, 2.5]
     chat = open_chat(MINI, model.config, "mistral", "Be odd.")
@@ -479,6 +505,9 @@ def test_other_files_and_a_picture(tmp_path, vector_file, vector):
     flags = [*flags, "--refusals", tmp_path / "refusals.txt", "--multipliers", -2, 1]
     tables, found, _ = evaluate(tmp_path, *flags)
     assert found[0]["refuses"] and tables["free answers"][0]["refuses"][0] > 0
+    (tmp_path / "refusals.txt").write_text("I’d Rather\n \n")
+    prefixes = evaluation.read_refusals(tmp_path / "refusals.txt")
+    assert prefixes == ["i'd rather"] and evaluation.refuses("I’d rather rest.", prefixes)
     assert tables["free answers"][0]["complies"][0] < 1
 
 
@@ -528,6 +557,64 @@ def test_baselines_synergy_and_system_prompts(tmp_path, vector_file, vector):
         assert row["margin"] == pytest.approx(other["margin"], abs=1e-4)
 
 
+def test_system_prompts_of_conversations(tmp_path, vector_file):
+    """Their own system prompt goes on with the text, as the Chat's does."""
+    pairs = [("Will you?", "I will.", "No."), ("Why?", "Because.", "I will not.")]
+    rows = {"plain": [], "turns": []}
+    for prompt, *texts in pairs:
+        turns = [{"role": "system", "content": "Be odd."}, {"role": "user", "content": prompt}]
+        sides = [[*turns, {"role": "assistant", "content": text}] for text in texts]
+        rows["turns"].append(dict(zip(("chosen", "rejected"), sides, strict=True)))
+        rows["plain"].append(dict(prompt=prompt, chosen=texts[0], rejected=texts[1]))
+    found = []
+    for (name, records), system in zip(rows.items(), ("Be odd.", "Be kind."), strict=True):
+        file = jsonl(tmp_path / f"{name}.jsonl", *records)
+        flags = ["--model", MINI, "--vector", vector_file, "--data", file, "--samples", 0]
+        flags += ["--system", system, "--system-for", "Say yes.", "--system-against", "Say no."]
+        tables, *_ = evaluate(tmp_path, *flags)
+        found.append([rows for title, rows in tables.items() if "compared" in title][0][-1])
+    assert found[0] == found[1] and found[0]["steering"] == "system prompts"
+    assert found[0]["slope"][0] != 0
+
+
+def test_what_overflows_is_no_number(tmp_path, vector_file, fails):
+    (tmp_path / "a.csv").write_text(MMLU)
+    (tmp_path / "prompts.txt").write_text("Will you?")
+    flags = ["--model", MINI, "--vector", vector_file, "--dtype", "float16", "--samples", 1]
+    flags += ["--max-new-tokens", 4, "--multipliers", 1, 70000, "--json", tmp_path / "x.json"]
+    files = ["--choices", tmp_path / "a.csv"], ["--prompts", tmp_path / "prompts.txt"]
+    for more in (EVAL[2:], *files):
+        fails(evaluation.main, [*flags, *more], "overflows", "smaller multipliers")
+
+
+def test_what_is_measured_is_kept(tmp_path, vector_file, monkeypatch):
+    """The file grows table by table."""
+
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "free_answers", stopped)
+    with pytest.raises(SystemExit):
+        evaluate(tmp_path, *EVAL, "--vector", vector_file)
+    result = json.loads((tmp_path / "eval.json").read_text())
+    assert [title.split(",")[0] for title in result["tables"]] == [
+        "pairs",
+        "steerability from -2 to +2",
+        "A/B",
+    ]
+    assert result["answers"] == [] and result["settings"]["template"] == "mistral"
+
+
+def test_what_each_vector_was_trained_with(tmp_path, vector_file, vector, capsys):
+    other = tmp_path / "o.safetensors"
+    save_vector(other, {1: vector}, {"system": "Be kind.", "base_model": "mini", "lora": "x"})
+    flags = [*EVAL, "--vector", vector_file, other, "--samples", 0, "--multipliers", 0]
+    evaluation.main([str(x) for x in flags])
+    out = capsys.readouterr().out
+    assert "note: its system in training was 'Be kind.', this is 'Be odd.'" in out
+    assert "note: its lora in training was 'x', this is ''" in out and out.count("note: ") == 3
+
+
 def test_flags_win_over_the_vector_file(vector_file, capsys):
     flags = ["--template", "llama-2", "--system", "", "--samples", "0", "--dtype", "bfloat16"]
     evaluation.main([str(x) for x in (*EVAL, "--vector", vector_file, *flags)])
@@ -557,6 +644,15 @@ def test_user_errors(tmp_path, vector_file, vector, fails, monkeypatch):
     wrong("--max-new-tokens >= 1", max_new_tokens=0)
     wrong("--samples >= 0", samples=-1)
     wrong("finite --multipliers", multipliers="nan")
+    wrong("--first must be 1 or more", first=0)
+    wrong("--first must be 1 or more", first=-1)
+    wrong("is a --vector", baseline=vector_file)
+    wrong("it is a folder", json=tmp_path)
+    wrong("v.safetensors", json=vector_file / "x.json")
+    (tmp_path / "long.csv").write_text(f"{'Red ' * 300},yes,no,maybe,b,A\n")
+    wrong("'Red Red", "the model's context is 512", choices=tmp_path / "long.csv")
+    (tmp_path / "refusals.txt").write_text(" \n")
+    wrong("refusals.txt holds no lines", refusals=tmp_path / "refusals.txt")
     wrong("exceed the model's context", max_new_tokens=500)
     wrong("same norm", "layers [1], and is for [2]", baseline=saved({2: vector}))
     wrong("same norm", "other than 0", baseline=saved({1: 0 * vector}))
@@ -567,11 +663,10 @@ def test_user_errors(tmp_path, vector_file, vector, fails, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     wrong("pip install matplotlib", plot="x.svg")
     nothing = ["--model", MINI, "--vector", vector_file]
-    fails(evaluation.main, nothing, "nothing to measure on: give --data, --choices")
-    fails(evaluation.main, [*nothing, "--prompts", "x", "--samples", 0], "nothing to measure on")
+    fails(evaluation.main, nothing, "nothing to measure: give --data, --choices")
+    fails(evaluation.main, [*nothing, "--prompts", "x", "--samples", 0], "nothing to measure")
     fails(evaluation.main, [*EVAL, "--vector", vector_file, vector_file], "stands twice", ":2")
-    code, _, err = run_cli("eval.py", *EVAL, "--vector", "none")
-    assert_one_line(code, err, "none")
+    fails(evaluation.main, [*EVAL, "--vector", "none"], "none")
 
 
 def test_open_vector_reads_what_bipo_wrote(tmp_path):
@@ -596,13 +691,10 @@ def tiny_vector(tmp_path):
     return v
 
 
-def test_chat(tmp_path, tiny_vector):
+def test_chat(tmp_path, tiny_vector, monkeypatch):
     lines = [QUESTION, "/m -1", "", "Why?", "/reset", "/m 0", QUESTION, "/m x", "/m nan", "/foo"]
-    command = f"eval.py chat --model {TINY} --vector {tmp_path}/v.safetensors --max-new-tokens 9"
-    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 60}
-    command = [sys.executable, *command.split()]
-    done = subprocess.run(command, input="\n".join([*lines, "/quit", "Again?"]), **options)
-    assert done.returncode == 0, done.stderr
+    text = "\n".join([*lines, "/quit", "Again?"])
+    shown = converse(monkeypatch, tmp_path, text, "--max-new-tokens", 9)[-1]
 
     model = load(TINY)
     chat = open_chat(TINY, model.config)
@@ -620,13 +712,13 @@ def test_chat(tmp_path, tiny_vector):
         *zip("-1 +0".split(), second, strict=True),
     ]
     expected.append(("+0", first[1]))  # after /reset
-    assert re.findall(r"  ([+-]\d): (.*)", done.stdout) == expected
+    assert re.findall(r"  ([+-]\d): (.*)", shown) == expected
     for message in (
         "'x'; /m NUMBER sets",
         "not understood: /m nan; /m",
         "not understood: /foo; /m",
     ):
-        assert message in done.stdout
+        assert message in shown
 
 
 def converse(monkeypatch, folder, text, *flags):

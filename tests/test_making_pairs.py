@@ -157,7 +157,7 @@ def test_user_errors(folder, fails):
         (["--seed", -1], "--seed"),
         (["--max-new-tokens", 256], "exceed the model's context of 256"),
         (["--out", "pairs.csv"], "pairs.csv", "must end in .jsonl"),
-        (["--out", "q.txt/pairs.jsonl"], "cannot write to --out q.txt"),
+        (["--out", "q.txt/pairs.jsonl"], "q.txt"),
         (["--questions", "none.txt"], "cannot read none.txt"),
         (["--model", "none"], "no model 'none'"),
     ):
