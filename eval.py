@@ -94,7 +94,7 @@ def pair_scores(model, layer, steer, pairs, multipliers):
     progress = Progress("scored", len(slices) * len(multipliers), quiet=True)
     rows = []
     for i, m in enumerate(multipliers):
-        above = {other: m * x for other, x in steer.items() if other != layer}
+        above = {other: m * x for other, x in steer.items()}
         found = []
         for j, part in enumerate(slices, 1):
             found.append(score(model, layer, v, m, pairs[part], above))
@@ -440,10 +440,8 @@ def together(steers):
 def at_norm(steer, like, name):
     """`steer`, at each layer as long as `like`. Raises ValueError if they have different layers."""
     if steer.keys() != like.keys() or not all(v.any() for v in steer.values()):
-        must = f"must be a vector other than 0 for layers {sorted(like)}"
-        raise ValueError(
-            f"to be compared at the same norm, {name} {must}, and is for {sorted(steer)}"
-        )
+        must = f"must be for layers {sorted(like)}, and is for {sorted(steer)}, and other than 0"
+        raise ValueError(f"to be compared at the same norm, {name} {must}")
     return {i: v * (like[i].norm() / v.norm()) for i, v in steer.items()}
 
 

@@ -59,6 +59,10 @@ def test_mean():
     assert value - low == pytest.approx(half, rel=0.15) == high - value
     # Two questions: a bootstrap sample has none, one or two of each.
     assert mean([0, 0, 0, 1, 1, 1], [*"aaabbb"]) == Mean(0.5, 0, 1)
+    # Of 100 questions every other has nine pairs, and counts nine times.
+    pairs = [x for i in range(100) for x in ([1] if i % 2 else [0] * 9)]
+    labels = [i for i in range(100) for _ in range(1 if i % 2 else 9)]
+    assert mean(pairs, labels).value == 0.1 and mean(pairs, labels).high < 0.2
     # A question ten times says no more than once; one by one, they would seem to.
     several = mean(np.repeat(x[:40], 10), np.repeat(range(40), 10))
     assert several == pytest.approx(mean(x[:40]))
@@ -69,8 +73,8 @@ def test_mean():
 def test_an_interval_holds_its_mean():
     """One question's pairs: the bootstrap's sums round otherwise than the mean."""
     rng = np.random.default_rng(2)
-    for values in rng.random((50, 7)):
-        value, low, high = mean(values, [0] * 7)
+    for values in rng.random((20, 300)):
+        value, low, high = mean(values, [0] * 300)
         assert low <= value <= high < low + 1e-12
 
 
@@ -123,12 +127,13 @@ def test_slopes_by_hand():
     found = slopes(logps, m)
     assert found == pytest.approx([2, -1, zigzag])
     first, same, other = comparison_rows(
-        {"v": found[None], "w": found[None], "x": np.array([found - 1, found + 2])}, "abc"
+        {"v": found[None], "w": found[None], "x": np.array([found - 1, found + 4])}, "abc"
     )
     assert first["slope"].value == pytest.approx(found.mean())
     assert first["anti_steerable"].value == pytest.approx(1 / 3)
     assert same["slope_minus_first"] == Mean(0, 0, 0)
-    assert other["slope_minus_first"] == pytest.approx((0.5, 0.5, 0.5))  # paired: no spread
+    assert other["slope_minus_first"] == pytest.approx((1.5, 1.5, 1.5))  # paired: no spread
+    assert other["slope"].value == pytest.approx(found.mean() + 1.5)
     assert other["anti_steerable"].value == pytest.approx((2 / 3 + 0) / 2)
 
 
@@ -182,6 +187,9 @@ def test_letter_rows_average_both_orders():
     logps = np.log([[[0.8, 0.2], [0.2, 0.8], [0.8, 0.2], [0.2, 0.8]]])
     (row,) = letter_rows(logps, [1], "aabb")
     assert row["picks_chosen"] == pytest.approx((0.5, 0.5, 0.5))
+    assert row["says_a_letter"] == pytest.approx((1, 1, 1))
+    (row,) = letter_rows(np.log([[[0.8, 0.1], [0.1, 0.2], [0.7, 0.2], [0.1, 0.3]]]), [1], "aabb")
+    assert row["says_a_letter"] == pytest.approx(mean([0.9, 0.3, 0.9, 0.4], "aabb"))
     logps = np.log([[[0.3, 0.1], [0.02, 0.06]]])
     (row,) = letter_rows(logps, [1], "aa")
     assert row["picks_chosen"].value == pytest.approx((0.75 + 0.25) / 2)
@@ -290,6 +298,8 @@ def test_choice_rows_by_hand():
     at_0, at_1 = choice_rows("TruthfulQA MC2", choices, logps, [0, 1])
     assert at_0["right"].value == pytest.approx((4 / 6 + 3 / 4 + 3 / 4) / 3)
     assert at_1["difference"] == pytest.approx((0 - 2 / 4 + 2 / 3 - 3 / 4) / 3)
+    tie = choice_rows("MMLU", choices[:1], [np.zeros((1, 3))], [0])
+    assert tie[0]["right"].value == 0  # a model that says all alike knows nothing
     one = choice_rows("MMLU", choices[:1], logps[:1], [0, 1])
     assert one[1]["difference"] == 1 and one[1]["standard_error"] is None
 
@@ -391,6 +401,32 @@ def test_free_answers(mini, vector):
     assert free_rows(found, [0])[0]["kl"] == pytest.approx((0, 0, 0), abs=1e-6)
 
 
+# ---- tables and pictures
+
+
+def test_a_table(capsys):
+    row = {"multiplier": 1.0, "wins": None, "right": Mean(0.5, 0.25, 1), "nll": Mean(1, 0.5, 2)}
+    row |= {"margin_per_token": 0.1234, "difference": -0.25, "tokens": 3.14, "steering": "v"}
+    evaluation.print_table("title", [row])
+    title, head, cells = capsys.readouterr().out.strip("\n").split("\n")
+    assert title == "title" and len(head) == len(cells)
+    expected = "+1 - 50.0% [25.0, 100.0] 1.00 [0.50, 2.00] +0.123 -25.0% 3.1 v"
+    assert " ".join(cells.split()) == expected and "margin per token" in head
+
+
+def test_the_error_bars(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    bars, errorbar = [], Axes.errorbar
+    monkeypatch.setattr(
+        Axes, "errorbar", lambda self, *x, **more: bars.append(x) or errorbar(self, *x, **more)
+    )
+    evaluation.draw(tmp_path / "x.svg", {"a": [(-1, Mean(0.5, 0.4, 0.8)), (1, Mean(0.2, 0.2, 1))]})
+    ((m, value, (below, above)),) = bars
+    assert m == [-1, 1] and value == pytest.approx([50, 20])
+    assert below == pytest.approx([10, 0]) and above == pytest.approx([30, 80])
+
+
 # ---- several vectors
 
 
@@ -443,15 +479,18 @@ def assert_same(rows, expected):
     assert rows == json.loads(json.dumps(expected))
 
 
-def test_command_line(tmp_path, vector_file, vector):
+def test_as_a_script():
+    code, out, err = run_cli("eval.py", "pairs", "--help")
+    assert code == 0 and "--questions" in out, err
+
+
+def test_command_line(tmp_path, vector_file, vector, capsys):
     flags = ["--multipliers", -1, 0, 2.5, "--samples", 2, "--max-new-tokens", 8]
-    flags += ["--json", tmp_path / "eval.json"]
-    code, out, err = run_cli("eval.py", *EVAL, "--vector", vector_file, *flags)
-    assert code == 0, err
+    tables, answered, _ = evaluate(tmp_path, *EVAL, "--vector", vector_file, *flags)
+    out = capsys.readouterr().out
     assert "mistral template, system 'Be odd.'" in out  # taken from the vector file
     assert "note: its base_model in training was 'other', this is 'mini'" in out
     assert out.count("note: ") == 1 and "layer 1, |v| " in out
-    tables = json.loads((tmp_path / "eval.json").read_text())["tables"]
     model, m = load(MINI), [-1.0, 0.0, 2.5]
     chat = open_chat(MINI, model.config, "mistral", "Be odd.")
     pairs = read_pairs(MINI / "test.csv")
@@ -471,7 +510,7 @@ def test_command_line(tmp_path, vector_file, vector):
     )
     found = free_answers(model, chat, {1: vector}, questions[:2], m, 8, evaluation.read_refusals())
     assert_same(tables["free answers"], free_rows(found, m))
-    assert_same(json.loads((tmp_path / "eval.json").read_text())["answers"], found)
+    assert_same(answered, found)
     for row in found:
         assert row["prompt"] in out and row["answer"] in out
     assert questions[2] not in out
@@ -555,6 +594,36 @@ def test_baselines_synergy_and_system_prompts(tmp_path, vector_file, vector):
     everything = pair_rows(logps, cached, [-2, -1, 0, 1, 2], [pair.prompt for pair in pairs])
     for row, other in zip(tables[f"pairs, {name}"], everything, strict=True):
         assert row["margin"] == pytest.approx(other["margin"], abs=1e-4)
+
+
+def test_vectors_of_different_layers(tmp_path, vector):
+    """The first pass ends at the lowest; a number is measured once, in ascending order drawn."""
+    low, high = tmp_path / "low.safetensors", tmp_path / "high.safetensors"
+    save_vector(low, {1: vector}, {})
+    save_vector(high, {3: vector.roll(1)}, {})
+    (tmp_path / "a.csv").write_text(MMLU)
+    flags = [*EVAL, "--vector", high, low, "--multipliers", 1, -1, 1, "--samples", 0]
+    flags += ["--choices", tmp_path / "a.csv", "--first", 1, "--baseline", "random"]
+    tables, _, settings = evaluate(tmp_path, *flags)
+    model, name, m = load(MINI), MINI / "test.csv", [1.0, -1.0]
+    chat, pairs = open_chat(MINI, model.config), read_pairs(name)
+    cached = bipo.first_pass(model, 1, [chat.encode_pair(pair) for pair in pairs])
+    logps = pair_scores(model, 1, {1: vector, 3: vector.roll(1)}, cached, m)
+    questions = [pair.prompt for pair in pairs]
+    assert_same(tables[f"pairs, {name}"], pair_rows(logps, cached, m, questions))
+    row = [evaluation.slope_row(slopes(logps, m)[None], questions)]
+    assert_same(tables[f"steerability from -1 to +1, {name}"], row)
+    compared = [row["steering"] for row in tables[f"compared at -1 and +1, {name}"]]
+    assert compared == [f"{high} + {low}", str(high), str(low), "random, mean of 5"]
+    choice = read_choices(tmp_path / "a.csv")["MMLU"][:1]
+    ids, m = [encode_choice(chat, x, 512) for x in choice], [0, 1, -1]
+    logps = choice_scores(model, 1, {1: vector, 3: vector.roll(1)}, ids, m)
+    rows = tables[f"MMLU, {tmp_path}/a.csv"]
+    assert_same(
+        [{**row, "multiplier": int(row["multiplier"])} for row in rows],
+        choice_rows("MMLU", choice, logps, m),
+    )
+    assert settings["template"] == chat.template and settings["first"] == 1
 
 
 def test_system_prompts_of_conversations(tmp_path, vector_file):
