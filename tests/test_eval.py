@@ -626,6 +626,22 @@ def test_vectors_of_different_layers(tmp_path, vector):
     assert settings["template"] == chat.template and settings["first"] == 1
 
 
+def test_letters_and_one_layer_of_several(tmp_path, vector, capsys):
+    for name in ("a", "b"):
+        save_vector(tmp_path / f"{name}.safetensors", {1: vector, 3: vector}, {})
+        vector = vector.roll(1)
+    record = {"question": "Go?\n (A) Yes\n (B) No"}
+    record |= {"answer_matching_behavior": " (A)", "answer_not_matching_behavior": " (B)"}
+    file = jsonl(tmp_path / "x.jsonl", record)
+    flags = ["--model", MINI, "--data", file, "--letters", "--layer", 3, "--multipliers", 1, -1]
+    flags += ["--vector", tmp_path / "a.safetensors", "--baseline", tmp_path / "b.safetensors"]
+    _, found, _ = evaluate(tmp_path, *flags, "--samples", 1, "--max-new-tokens", 4)
+    assert found[0]["prompt"] == record["question"]  # else it would lose its options
+    out = capsys.readouterr().out
+    assert "layer 3, |v|" in out and "layer 1" not in out
+    assert re.findall(r"^ +([+-]1) +█* *[\d.]+%$", out, re.MULTILINE) == ["-1", "+1"]
+
+
 def test_system_prompts_of_conversations(tmp_path, vector_file):
     """Their own system prompt goes on with the text, as the Chat's does."""
     pairs = [("Will you?", "I will.", "No."), ("Why?", "Because.", "I will not.")]
@@ -717,6 +733,8 @@ def test_user_errors(tmp_path, vector_file, vector, fails, monkeypatch):
     wrong("--first must be 1 or more", first=-1)
     wrong("is a --vector", baseline=vector_file)
     wrong("it is a folder", json=tmp_path)
+    (tmp_path / "x.svg").mkdir()
+    wrong("it is a folder", plot=tmp_path / "x.svg")
     wrong("v.safetensors", json=vector_file / "x.json")
     (tmp_path / "long.csv").write_text(f"{'Red ' * 300},yes,no,maybe,b,A\n")
     wrong("'Red Red", "the model's context is 512", choices=tmp_path / "long.csv")
