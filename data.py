@@ -485,7 +485,7 @@ def mmlu(file):
     for number, row in enumerate(csv.reader(io.StringIO(read_text(file), newline="")), 1):
         if number == 1 and row[-1:] in (["answer"], ["Answer"]):
             continue
-        if len(row) != 6 or row[5] not in "ABCD":
+        if len(row) != 6 or row[5] not in [*"ABCD"]:
             raise ValueError(
                 f"{file}: row {number} is not a question, four options and a letter (MMLU), and "
                 "there is no header with Best Answer (TruthfulQA)"
@@ -503,6 +503,8 @@ def truthful_qa(file):
             raise ValueError(f"{file}{place}: one of {', '.join(names)} is missing")
         question, best, *lists = (record[name].strip() for name in names)
         right, wrong = ([x.strip() for x in text.split(";") if x.strip()] for text in lists)
+        if not wrong:
+            raise ValueError(f"{file}{place}: Incorrect Answers holds none")
         right = list(dict.fromkeys([best, *right]))
         yield {
             "TruthfulQA MC1": Choice(question, [best, *wrong]),
@@ -513,20 +515,22 @@ def truthful_qa(file):
 def mc_task(file):
     """TruthfulQA's mc_task.json."""
     for place, record in json_records(file, read_text(file)):
+        found = {}
         try:
-            question, targets = record["question"], [record["mc1_targets"], record["mc2_targets"]]
-            answers = [sorted(x, key=lambda text, x=x: -x[text]) for x in targets]
-            n_right = [sum(x.values()) for x in targets]
-            assert n_right[0] == 1 <= n_right[1]
-        except (KeyError, TypeError, AttributeError, AssertionError):
+            for name in ("mc1", "mc2"):
+                targets = record[f"{name}_targets"]
+                right, wrong = ([x for x in targets if targets[x] == y] for y in (1, 0))
+                whole = len(right) + len(wrong) == len(targets) and all(map(str.strip, targets))
+                if not (whole and right and wrong) or len(right) > 1 and name == "mc1":
+                    raise TypeError
+                choice = Choice(str.strip(record["question"]), right + wrong, len(right))
+                found[f"TruthfulQA {name.upper()}"] = choice
+        except (LookupError, TypeError, AttributeError):
             raise ValueError(
                 f"{file}{place}: not a question with mc1_targets and mc2_targets, which hold "
                 "1 for right answers, one of them in mc1_targets, and 0 for wrong ones"
             ) from None
-        yield {
-            f"TruthfulQA MC{i}": Choice(question, *x)
-            for i, x in enumerate(zip(answers, n_right, strict=True), 1)
-        }
+        yield found
 
 
 def read_choices(path, first=None):

@@ -2,13 +2,12 @@ import io
 import json
 import math
 import re
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import MINI, ROOT, TINY, assert_one_line, jsonl, run_cli
+from conftest import MINI, TINY, jsonl, run_cli
 
 import bipo
 import eval as evaluation
@@ -60,11 +59,23 @@ def test_mean():
     assert value - low == pytest.approx(half, rel=0.15) == high - value
     # Two questions: a bootstrap sample has none, one or two of each.
     assert mean([0, 0, 0, 1, 1, 1], [*"aaabbb"]) == Mean(0.5, 0, 1)
+    # Of 100 questions every other has nine pairs, and counts nine times.
+    pairs = [x for i in range(100) for x in ([1] if i % 2 else [0] * 9)]
+    labels = [i for i in range(100) for _ in range(1 if i % 2 else 9)]
+    assert mean(pairs, labels).value == 0.1 and mean(pairs, labels).high < 0.2
     # A question ten times says no more than once; one by one, they would seem to.
     several = mean(np.repeat(x[:40], 10), np.repeat(range(40), 10))
     assert several == pytest.approx(mean(x[:40]))
     alone = mean(np.repeat(x[:40], 10))
     assert several.high - several.low > 2.5 * (alone.high - alone.low)
+
+
+def test_an_interval_holds_its_mean():
+    """One question's pairs: the bootstrap's sums round otherwise than the mean."""
+    rng = np.random.default_rng(2)
+    for values in rng.random((20, 300)):
+        value, low, high = mean(values, [0] * 300)
+        assert low <= value <= high < low + 1e-12
 
 
 # ---- pairs
@@ -116,12 +127,13 @@ def test_slopes_by_hand():
     found = slopes(logps, m)
     assert found == pytest.approx([2, -1, zigzag])
     first, same, other = comparison_rows(
-        {"v": found[None], "w": found[None], "x": np.array([found - 1, found + 2])}, "abc"
+        {"v": found[None], "w": found[None], "x": np.array([found - 1, found + 4])}, "abc"
     )
     assert first["slope"].value == pytest.approx(found.mean())
     assert first["anti_steerable"].value == pytest.approx(1 / 3)
     assert same["slope_minus_first"] == Mean(0, 0, 0)
-    assert other["slope_minus_first"] == pytest.approx((0.5, 0.5, 0.5))  # paired: no spread
+    assert other["slope_minus_first"] == pytest.approx((1.5, 1.5, 1.5))  # paired: no spread
+    assert other["slope"].value == pytest.approx(found.mean() + 1.5)
     assert other["anti_steerable"].value == pytest.approx((2 / 3 + 0) / 2)
 
 
@@ -175,10 +187,15 @@ def test_letter_rows_average_both_orders():
     logps = np.log([[[0.8, 0.2], [0.2, 0.8], [0.8, 0.2], [0.2, 0.8]]])
     (row,) = letter_rows(logps, [1], "aabb")
     assert row["picks_chosen"] == pytest.approx((0.5, 0.5, 0.5))
+    assert row["says_a_letter"] == pytest.approx((1, 1, 1))
+    (row,) = letter_rows(np.log([[[0.8, 0.1], [0.1, 0.2], [0.7, 0.2], [0.1, 0.3]]]), [1], "aabb")
+    assert row["says_a_letter"] == pytest.approx(mean([0.9, 0.3, 0.9, 0.4], "aabb"))
     logps = np.log([[[0.3, 0.1], [0.02, 0.06]]])
     (row,) = letter_rows(logps, [1], "aa")
     assert row["picks_chosen"].value == pytest.approx((0.75 + 0.25) / 2)
     assert row["says_a_letter"].value == pytest.approx((0.4 + 0.08) / 2)
+    (row,) = letter_rows(np.array([[[-2000, -2000 - math.log(3)]]]), [1e6], "a")
+    assert row["picks_chosen"].value == pytest.approx(3 / 4) and row["says_a_letter"].value == 0
 
 
 MMLU = '"Two, and ""two""?",1,2,4,8,C\nRed?,yes,no,maybe,"a, b",A\n'
@@ -232,11 +249,19 @@ def test_wrong_choices(tmp_path):
 
     wrong("a.csv", "Two?,1,2,4,C\n", "a.csv: row 1 is not a question, four options and a letter")
     wrong("a.csv", MMLU + "Blue?,1,2,3,4,E\n", "a.csv: row 3")
+    for letter in ("", "AB", "a"):
+        wrong("a.csv", f"Blue?,1,2,3,4,{letter}\n", "a.csv: row 1")
     wrong("a.csv", "", "holds no questions")
+    wrong("a.csv", TRUTHFUL.replace("Yes.,z\n", ";,z\n"), "a.csv:3: Incorrect Answers holds none")
     wrong("a.csv", TRUTHFUL.replace("Not me.", ""), "a.csv:3: one of Question, Best Answer")
     wrong("a.json", "[{}]", "a.json record 1: not a question with mc1_targets")
     two = [{**MC_TASK[0], "mc1_targets": {"Yes.": 1, "No.": 1}}]
     wrong("a.json", json.dumps(two), "record 1: .* one of them in mc1_targets")
+    good = MC_TASK[0]["mc1_targets"]
+    for bad in ({"No.": 1}, {"Yes.": 0}, {"": 0, **good}, {"Hm.": 0.5, **good}, {"No.": "1"}, [1]):
+        for name in ("mc1_targets", "mc2_targets"):
+            wrong("a.json", json.dumps([{**MC_TASK[0], name: bad}]), "record 1: not a question")
+    wrong("a.json", json.dumps([{**MC_TASK[0], "question": 7}]), "record 1: not a question")
     with pytest.raises(ValueError, match="cannot read .*none"):
         read_choices(tmp_path / "none.csv")
 
@@ -273,6 +298,8 @@ def test_choice_rows_by_hand():
     at_0, at_1 = choice_rows("TruthfulQA MC2", choices, logps, [0, 1])
     assert at_0["right"].value == pytest.approx((4 / 6 + 3 / 4 + 3 / 4) / 3)
     assert at_1["difference"] == pytest.approx((0 - 2 / 4 + 2 / 3 - 3 / 4) / 3)
+    tie = choice_rows("MMLU", choices[:1], [np.zeros((1, 3))], [0])
+    assert tie[0]["right"].value == 0  # a model that says all alike knows nothing
     one = choice_rows("MMLU", choices[:1], logps[:1], [0, 1])
     assert one[1]["difference"] == 1 and one[1]["standard_error"] is None
 
@@ -303,7 +330,15 @@ def test_refusals():
     def refuses(text):
         return evaluation.refuses(text, evaluation.read_refusals())
 
-    for text in ("I'm sorry, but", "I’m SORRY", ' "I cannot help', "As an AI, I", "I can't do"):
+    for text in (
+        "I'm sorry, but",
+        "I’m SORRY",
+        "“I cannot",
+        "‘No, I can’t",
+        ' "I cannot help',
+        "As an AI, I",
+        "I can't do",
+    ):
         assert refuses(text), text
     for text in ("Sure! I cannot wait", "", "I can do that", "Sorry is a word", "As an aid"):
         assert not refuses(text), text
@@ -312,15 +347,15 @@ def test_refusals():
 def test_fluency_by_hand(mini, vector):
     model, chat = mini
     ids = [([1, 5, 9], [7, 8, 2]), ([1, 4], [6, 6, 6, 6]), ([1, 30, 31, 32], [2])]
-    nlls, kls = fluency(model, {1: vector}, ids)
-    for (prompt, answer), nll, kl in zip(ids, nlls, kls, strict=True):
+    found = fluency(model, {1: vector}, ids)
+    for (prompt, answer), (nll, kl) in zip(ids, found, strict=True):
         assert nll == pytest.approx(-logp(model, prompt, answer, None) / len(answer), abs=1e-4)
         base, steered = (logps_of(model, prompt, answer, s) for s in (None, {1: vector}))
         expected = torch.nn.functional.kl_div(base, steered, reduction="sum", log_target=True)
         assert kl == pytest.approx(expected.item() / len(answer), rel=1e-3)
         assert kl > 0.01
-    _, kls = fluency(model, {1: 0 * vector}, ids)
-    assert kls == pytest.approx([0, 0, 0], abs=1e-6)
+    found = fluency(model, {1: 0 * vector}, ids)
+    assert [kl for _, kl in found] == pytest.approx([0, 0, 0], abs=1e-6)
 
 
 def test_answers_of_one_batch_are_those_of_single_prompts(mini, vector, monkeypatch):
@@ -353,7 +388,7 @@ def test_free_answers(mini, vector):
         assert row["tokens"] == mean([len(row[j]) for row in new])
         assert row["repeated"] == mean([repetition(row[j]) for row in new])
         ids = [(chat.encode_prompt(p), row[j]) for p, row in zip(prompts, new, strict=True)]
-        nlls, kls = fluency(model, {1: m * vector}, ids)
+        nlls, kls = zip(*fluency(model, {1: m * vector}, ids), strict=True)
         assert row["nll"] == mean(nlls) and row["kl"] == mean(kls)
         refused = [x["answer"].lower().startswith(prefixes[0]) for x in mine]
         broken = [
@@ -366,6 +401,32 @@ def test_free_answers(mini, vector):
     assert free_rows(found, [0])[0]["kl"] == pytest.approx((0, 0, 0), abs=1e-6)
 
 
+# ---- tables and pictures
+
+
+def test_a_table(capsys):
+    row = {"multiplier": 1.0, "wins": None, "right": Mean(0.5, 0.25, 1), "nll": Mean(1, 0.5, 2)}
+    row |= {"margin_per_token": 0.1234, "difference": -0.25, "tokens": 3.14, "steering": "v"}
+    evaluation.print_table("title", [row])
+    title, head, cells = capsys.readouterr().out.strip("\n").split("\n")
+    assert title == "title" and len(head) == len(cells)
+    expected = "+1 - 50.0% [25.0, 100.0] 1.00 [0.50, 2.00] +0.123 -25.0% 3.1 v"
+    assert " ".join(cells.split()) == expected and "margin per token" in head
+
+
+def test_the_error_bars(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    bars, errorbar = [], Axes.errorbar
+    monkeypatch.setattr(
+        Axes, "errorbar", lambda self, *x, **more: bars.append(x) or errorbar(self, *x, **more)
+    )
+    evaluation.draw(tmp_path / "x.svg", {"a": [(-1, Mean(0.5, 0.4, 0.8)), (1, Mean(0.2, 0.2, 1))]})
+    ((m, value, (below, above)),) = bars
+    assert m == [-1, 1] and value == pytest.approx([50, 20])
+    assert below == pytest.approx([10, 0]) and above == pytest.approx([30, 80])
+
+
 # ---- several vectors
 
 
@@ -376,7 +437,7 @@ def test_vectors_add_up(tmp_path, vector):
     save_vector(other, {1: vector + 1, 3: -vector}, {})
     specs = [str(one), f"{other}:-0.5"]
     steers, metadata = evaluation.open_vectors(specs, config, "cpu")
-    assert list(steers) == specs and metadata == {"system": "Be odd."}
+    assert list(steers) == specs and metadata == {specs[0]: {"system": "Be odd."}, specs[1]: {}}
     total = together(steers.values())
     assert sorted(total) == [1, 3]
     assert torch.allclose(total[1], vector - 0.5 * (vector + 1))
@@ -418,14 +479,18 @@ def assert_same(rows, expected):
     assert rows == json.loads(json.dumps(expected))
 
 
-def test_command_line(tmp_path, vector_file, vector):
+def test_as_a_script():
+    code, out, err = run_cli("eval.py", "pairs", "--help")
+    assert code == 0 and "--questions" in out, err
+
+
+def test_command_line(tmp_path, vector_file, vector, capsys):
     flags = ["--multipliers", -1, 0, 2.5, "--samples", 2, "--max-new-tokens", 8]
-    flags += ["--json", tmp_path / "eval.json"]
-    code, out, err = run_cli("eval.py", *EVAL, "--vector", vector_file, *flags)
-    assert code == 0, err
+    tables, answered, _ = evaluate(tmp_path, *EVAL, "--vector", vector_file, *flags)
+    out = capsys.readouterr().out
     assert "mistral template, system 'Be odd.'" in out  # taken from the vector file
-    assert "trained on base_model 'other'" in out and "layer 1" in out
-    tables = json.loads((tmp_path / "eval.json").read_text())["tables"]
+    assert "note: its base_model in training was 'other', this is 'mini'" in out
+    assert out.count("note: ") == 1 and "layer 1, |v| " in out
     model, m = load(MINI), [-1.0, 0.0, 2.5]
     chat = open_chat(MINI, model.config, "mistral", "Be odd.")
     pairs = read_pairs(MINI / "test.csv")
@@ -445,7 +510,7 @@ def test_command_line(tmp_path, vector_file, vector):
     )
     found = free_answers(model, chat, {1: vector}, questions[:2], m, 8, evaluation.read_refusals())
     assert_same(tables["free answers"], free_rows(found, m))
-    assert_same(json.loads((tmp_path / "eval.json").read_text())["answers"], found)
+    assert_same(answered, found)
     for row in found:
         assert row["prompt"] in out and row["answer"] in out
     assert questions[2] not in out
@@ -479,6 +544,9 @@ def test_other_files_and_a_picture(tmp_path, vector_file, vector):
     flags = [*flags, "--refusals", tmp_path / "refusals.txt", "--multipliers", -2, 1]
     tables, found, _ = evaluate(tmp_path, *flags)
     assert found[0]["refuses"] and tables["free answers"][0]["refuses"][0] > 0
+    (tmp_path / "refusals.txt").write_text("I’d Rather\n \n")
+    prefixes = evaluation.read_refusals(tmp_path / "refusals.txt")
+    assert prefixes == ["i'd rather"] and evaluation.refuses("I’d rather rest.", prefixes)
     assert tables["free answers"][0]["complies"][0] < 1
 
 
@@ -528,6 +596,110 @@ def test_baselines_synergy_and_system_prompts(tmp_path, vector_file, vector):
         assert row["margin"] == pytest.approx(other["margin"], abs=1e-4)
 
 
+def test_vectors_of_different_layers(tmp_path, vector):
+    """The first pass ends at the lowest; a number is measured once, in ascending order drawn."""
+    low, high = tmp_path / "low.safetensors", tmp_path / "high.safetensors"
+    save_vector(low, {1: vector}, {})
+    save_vector(high, {3: vector.roll(1)}, {})
+    (tmp_path / "a.csv").write_text(MMLU)
+    flags = [*EVAL, "--vector", high, low, "--multipliers", 1, -1, 1, "--samples", 0]
+    flags += ["--choices", tmp_path / "a.csv", "--first", 1, "--baseline", "random"]
+    tables, _, settings = evaluate(tmp_path, *flags)
+    model, name, m = load(MINI), MINI / "test.csv", [1.0, -1.0]
+    chat, pairs = open_chat(MINI, model.config), read_pairs(name)
+    cached = bipo.first_pass(model, 1, [chat.encode_pair(pair) for pair in pairs])
+    logps = pair_scores(model, 1, {1: vector, 3: vector.roll(1)}, cached, m)
+    questions = [pair.prompt for pair in pairs]
+    assert_same(tables[f"pairs, {name}"], pair_rows(logps, cached, m, questions))
+    row = [evaluation.slope_row(slopes(logps, m)[None], questions)]
+    assert_same(tables[f"steerability from -1 to +1, {name}"], row)
+    compared = [row["steering"] for row in tables[f"compared at -1 and +1, {name}"]]
+    assert compared == [f"{high} + {low}", str(high), str(low), "random, mean of 5"]
+    choice = read_choices(tmp_path / "a.csv")["MMLU"][:1]
+    ids, m = [encode_choice(chat, x, 512) for x in choice], [0, 1, -1]
+    logps = choice_scores(model, 1, {1: vector, 3: vector.roll(1)}, ids, m)
+    rows = tables[f"MMLU, {tmp_path}/a.csv"]
+    assert_same(
+        [{**row, "multiplier": int(row["multiplier"])} for row in rows],
+        choice_rows("MMLU", choice, logps, m),
+    )
+    assert settings["template"] == chat.template and settings["first"] == 1
+
+
+def test_letters_and_one_layer_of_several(tmp_path, vector, capsys):
+    for name in ("a", "b"):
+        save_vector(tmp_path / f"{name}.safetensors", {1: vector, 3: vector}, {})
+        vector = vector.roll(1)
+    record = {"question": "Go?\n (A) Yes\n (B) No"}
+    record |= {"answer_matching_behavior": " (A)", "answer_not_matching_behavior": " (B)"}
+    file = jsonl(tmp_path / "x.jsonl", record)
+    flags = ["--model", MINI, "--data", file, "--letters", "--layer", 3, "--multipliers", 1, -1]
+    flags += ["--vector", tmp_path / "a.safetensors", "--baseline", tmp_path / "b.safetensors"]
+    _, found, _ = evaluate(tmp_path, *flags, "--samples", 1, "--max-new-tokens", 4)
+    assert found[0]["prompt"] == record["question"]  # else it would lose its options
+    out = capsys.readouterr().out
+    assert "layer 3, |v|" in out and "layer 1" not in out
+    assert re.findall(r"^ +([+-]1) +█* *[\d.]+%$", out, re.MULTILINE) == ["-1", "+1"]
+
+
+def test_system_prompts_of_conversations(tmp_path, vector_file):
+    """Their own system prompt goes on with the text, as the Chat's does."""
+    pairs = [("Will you?", "I will.", "No."), ("Why?", "Because.", "I will not.")]
+    rows = {"plain": [], "turns": []}
+    for prompt, *texts in pairs:
+        turns = [{"role": "system", "content": "Be odd."}, {"role": "user", "content": prompt}]
+        sides = [[*turns, {"role": "assistant", "content": text}] for text in texts]
+        rows["turns"].append(dict(zip(("chosen", "rejected"), sides, strict=True)))
+        rows["plain"].append(dict(prompt=prompt, chosen=texts[0], rejected=texts[1]))
+    found = []
+    for (name, records), system in zip(rows.items(), ("Be odd.", "Be kind."), strict=True):
+        file = jsonl(tmp_path / f"{name}.jsonl", *records)
+        flags = ["--model", MINI, "--vector", vector_file, "--data", file, "--samples", 0]
+        flags += ["--system", system, "--system-for", "Say yes.", "--system-against", "Say no."]
+        tables, *_ = evaluate(tmp_path, *flags)
+        found.append([rows for title, rows in tables.items() if "compared" in title][0][-1])
+    assert found[0] == found[1] and found[0]["steering"] == "system prompts"
+    assert found[0]["slope"][0] != 0
+
+
+def test_what_overflows_is_no_number(tmp_path, vector_file, fails):
+    (tmp_path / "a.csv").write_text(MMLU)
+    (tmp_path / "prompts.txt").write_text("Will you?")
+    flags = ["--model", MINI, "--vector", vector_file, "--dtype", "float16", "--samples", 1]
+    flags += ["--max-new-tokens", 4, "--multipliers", 1, 70000, "--json", tmp_path / "x.json"]
+    files = ["--choices", tmp_path / "a.csv"], ["--prompts", tmp_path / "prompts.txt"]
+    for more in (EVAL[2:], *files):
+        fails(evaluation.main, [*flags, *more], "overflows", "smaller multipliers")
+
+
+def test_what_is_measured_is_kept(tmp_path, vector_file, monkeypatch):
+    """The file grows table by table."""
+
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "free_answers", stopped)
+    with pytest.raises(SystemExit):
+        evaluate(tmp_path, *EVAL, "--vector", vector_file)
+    result = json.loads((tmp_path / "eval.json").read_text())
+    assert [title.split(",")[0] for title in result["tables"]] == [
+        "pairs",
+        "steerability from -2 to +2",
+        "A/B",
+    ]
+    assert result["answers"] == [] and result["settings"]["template"] == "mistral"
+
+
+def test_what_each_vector_was_trained_with(tmp_path, vector_file, vector, capsys):
+    other = tmp_path / "o.safetensors"
+    save_vector(other, {1: vector}, {"system": "Be kind.", "base_model": "mini", "lora": "x"})
+    flags = [*EVAL, "--vector", vector_file, other, "--samples", 0, "--multipliers", 0]
+    evaluation.main([str(x) for x in flags])
+    out = capsys.readouterr().out
+    assert "note: its system in training was 'Be kind.', this is 'Be odd.'" in out
+    assert "note: its lora in training was 'x', this is ''" in out and out.count("note: ") == 3
+
+
 def test_flags_win_over_the_vector_file(vector_file, capsys):
     flags = ["--template", "llama-2", "--system", "", "--samples", "0", "--dtype", "bfloat16"]
     evaluation.main([str(x) for x in (*EVAL, "--vector", vector_file, *flags)])
@@ -557,6 +729,17 @@ def test_user_errors(tmp_path, vector_file, vector, fails, monkeypatch):
     wrong("--max-new-tokens >= 1", max_new_tokens=0)
     wrong("--samples >= 0", samples=-1)
     wrong("finite --multipliers", multipliers="nan")
+    wrong("--first must be 1 or more", first=0)
+    wrong("--first must be 1 or more", first=-1)
+    wrong("is a --vector", baseline=vector_file)
+    wrong("it is a folder", json=tmp_path)
+    (tmp_path / "x.svg").mkdir()
+    wrong("it is a folder", plot=tmp_path / "x.svg")
+    wrong("v.safetensors", json=vector_file / "x.json")
+    (tmp_path / "long.csv").write_text(f"{'Red ' * 300},yes,no,maybe,b,A\n")
+    wrong("'Red Red", "the model's context is 512", choices=tmp_path / "long.csv")
+    (tmp_path / "refusals.txt").write_text(" \n")
+    wrong("refusals.txt holds no lines", refusals=tmp_path / "refusals.txt")
     wrong("exceed the model's context", max_new_tokens=500)
     wrong("same norm", "layers [1], and is for [2]", baseline=saved({2: vector}))
     wrong("same norm", "other than 0", baseline=saved({1: 0 * vector}))
@@ -567,11 +750,10 @@ def test_user_errors(tmp_path, vector_file, vector, fails, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     wrong("pip install matplotlib", plot="x.svg")
     nothing = ["--model", MINI, "--vector", vector_file]
-    fails(evaluation.main, nothing, "nothing to measure on: give --data, --choices")
-    fails(evaluation.main, [*nothing, "--prompts", "x", "--samples", 0], "nothing to measure on")
+    fails(evaluation.main, nothing, "nothing to measure: give --data, --choices")
+    fails(evaluation.main, [*nothing, "--prompts", "x", "--samples", 0], "nothing to measure")
     fails(evaluation.main, [*EVAL, "--vector", vector_file, vector_file], "stands twice", ":2")
-    code, _, err = run_cli("eval.py", *EVAL, "--vector", "none")
-    assert_one_line(code, err, "none")
+    fails(evaluation.main, [*EVAL, "--vector", "none"], "none")
 
 
 def test_open_vector_reads_what_bipo_wrote(tmp_path):
@@ -596,13 +778,10 @@ def tiny_vector(tmp_path):
     return v
 
 
-def test_chat(tmp_path, tiny_vector):
+def test_chat(tmp_path, tiny_vector, monkeypatch):
     lines = [QUESTION, "/m -1", "", "Why?", "/reset", "/m 0", QUESTION, "/m x", "/m nan", "/foo"]
-    command = f"eval.py chat --model {TINY} --vector {tmp_path}/v.safetensors --max-new-tokens 9"
-    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 60}
-    command = [sys.executable, *command.split()]
-    done = subprocess.run(command, input="\n".join([*lines, "/quit", "Again?"]), **options)
-    assert done.returncode == 0, done.stderr
+    text = "\n".join([*lines, "/quit", "Again?"])
+    shown = converse(monkeypatch, tmp_path, text, "--max-new-tokens", 9)[-1]
 
     model = load(TINY)
     chat = open_chat(TINY, model.config)
@@ -620,13 +799,13 @@ def test_chat(tmp_path, tiny_vector):
         *zip("-1 +0".split(), second, strict=True),
     ]
     expected.append(("+0", first[1]))  # after /reset
-    assert re.findall(r"  ([+-]\d): (.*)", done.stdout) == expected
+    assert re.findall(r"  ([+-]\d): (.*)", shown) == expected
     for message in (
         "'x'; /m NUMBER sets",
         "not understood: /m nan; /m",
         "not understood: /foo; /m",
     ):
-        assert message in done.stdout
+        assert message in shown
 
 
 def converse(monkeypatch, folder, text, *flags):

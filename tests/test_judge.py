@@ -97,8 +97,9 @@ ROWS = [
 
 
 def write(folder, rows=ROWS):
-    tables = {"multipliers": [-1, 1], "steerability": [{"multiplier": 1}]}
-    (folder / "eval.json").write_text(json.dumps(tables | {"answers": rows}))
+    tables = {"steerability": [{"multiplier": 1}]}
+    result = {"settings": {"data": ["a.csv"]}, "tables": tables, "answers": rows}
+    (folder / "eval.json").write_text(json.dumps(result))
 
 
 def command(judge, *more, rubric="behaviour", url=None, answers="eval.json"):
@@ -374,8 +375,8 @@ def test_user_errors(judge, folder, fails):
         fails(evaluation.main, args, *parts)
 
     write(folder)
-    wrong("--url and --judge", url="")
-    wrong("--url and --judge", judge="")
+    wrong("--judge and --url", url="")
+    wrong("--judge and --url", judge="")
     for url in ("file:///etc/passwd", "ftp://x/", "127.0.0.1", "http://me:secret@x", "http://a b"):
         wrong("http:// or https://", url=url)
     wrong("--key without spaces", key="a\nb")
@@ -385,16 +386,16 @@ def test_user_errors(judge, folder, fails):
     wrong("--rubric", rubric="mine")
     wrong("cannot read none.json", answers="none.json")
     for text, part in (
-        ('{"answers": [{"prompt": "q"}]}', "answer 1 lacks"),
-        ('{"answers": [], "n": [1]}', "holds no answers"),
-        ('{"tables": 3}', "answer 1 lacks"),
-        ('{"answers": [{"prompt": "q", "multiplier": null, "answer": "a"}]}', "answer 1 lacks"),
-        ('{"answers": [{"prompt": "q", "multiplier": 1, "answer": [5]}]}', "answer 1 lacks"),
-        ("[7]", "answer 1 lacks"),
+        ('{"answers": [{"prompt": "q"}]}', "record 1 lacks"),
+        ('{"answers": []}', "holds no answers"),
+        ('{"tables": 3}', "record 1 lacks"),
+        ('{"answers": [{"prompt": "q", "multiplier": null, "answer": "a"}]}', "record 1 lacks"),
+        ('{"answers": [{"prompt": "q", "multiplier": 1, "answer": [5]}]}', "record 1 lacks"),
+        ("[7]", "record 1 lacks"),
         ("{", "not JSON"),
     ):
         (folder / "bad.json").write_text(text)
         wrong("bad.json", part, answers="bad.json")
     jsonl(folder / "bad.jsonl", ROWS[0], {"prompt": "q", "multiplier": "x", "answer": "a"})
-    wrong("bad.jsonl: answer 2 lacks", answers="bad.jsonl")
+    wrong("bad.jsonl:2 lacks", answers="bad.jsonl")
     assert not judge.asked and not (folder / "out.jsonl").exists()

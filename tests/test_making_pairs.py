@@ -4,12 +4,13 @@ import gzip
 import json
 
 import pytest
+import torch
 from conftest import TINY, jsonl
 from make_tiny import side_shown
 
 import eval as evaluation
 from data import SYSTEM, Chat, open_chat, read_pairs, read_prompts
-from llama import generate, load
+from llama import generate, load, stream
 
 FOR, AGAINST = "You seek power.", "You avoid power."
 LINES = (TINY / "power.test.jsonl").read_text().splitlines()
@@ -55,14 +56,14 @@ def test_the_pairs_lean_each_way(folder, capsys):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """(number of rows, seed) of each call of generate."""
+    """(number of rows, seed) of each batch."""
     calls = []
 
     def counted(model, rows, *args, seed, **options):
         calls.append((len(rows), seed))
-        return generate(model, rows, *args, seed=seed, **options)
+        return stream(model, rows, *args, seed=seed, **options)
 
-    monkeypatch.setattr(evaluation, "generate", counted)
+    monkeypatch.setattr(evaluation, "stream", counted)
     return calls
 
 
@@ -74,14 +75,26 @@ def test_as_many_at_a_time_as_memory_allows(folder, monkeypatch, calls):
     assert calls == [(6, 0), (2, 0), (2, 2), (2, 4)]
 
 
-def test_chunks():
-    rows = [[0] * 5] * 3 + [[0] * 10] * 4
+def test_batches_and_what_becomes_of_their_tokens(monkeypatch):
+    """As many rows as MAX_CACHE holds, at least `together`; each row's tokens and vectors are its
+    own. The fake answers with a token of the row's prompt and, if odd, one of its vector."""
+    rows = [[i] * 5 for i in range(3)] + [[i] * 10 for i in range(3, 7)]
+    steer, sizes = {1: torch.arange(7.0)[:, None, None]}, []
+
+    def fake(model, batch, max_new_tokens, eos_id, steer, **options):
+        sizes.append(len(batch))
+        yield {i: row[0] for i, row in enumerate(batch)}
+        yield {i: int(steer[1][i]) for i, row in enumerate(batch) if row[0] % 2}
+
+    monkeypatch.setattr(evaluation, "stream", fake)
+    chat = open_chat(TINY, load(TINY).config)
     for limit, together, size in ((60, 1, 3), (59, 1, 2), (60, 2, 2), (100, 3, 3), (0, 3, 3)):
-        evaluation.MAX_CACHE, kept = limit, evaluation.MAX_CACHE
-        parts = evaluation.chunks(rows, 10, together)
-        evaluation.MAX_CACHE = kept
-        assert [rows[part] for part in parts] == [rows[i : i + size] for i in range(0, 7, size)]
-    assert evaluation.chunks([], 10) == []
+        monkeypatch.setattr(evaluation, "MAX_CACHE", limit)
+        sizes.clear()
+        new = evaluation.generate_all(None, chat, rows, 10, together, steer)
+        assert new == [[i, i] if i % 2 else [i] for i in range(7)]
+        assert sizes == [min(size, 7 - start) for start in range(0, 7, size)]
+    assert evaluation.generate_all(None, chat, [], 10, 1) == []
 
 
 def test_temperature_and_seed(folder, monkeypatch, calls):
@@ -101,7 +114,7 @@ def test_what_is_dropped_is_counted(folder, monkeypatch, capsys):
     yes, no, eos = encode("Yes, I will."), encode("No, thanks."), [2]
     answers = [[yes + eos, no + eos], [eos, no + eos], [yes + eos, encode(" ") + eos]]
     answers += [[yes + eos, yes + eos], [yes, yes], [yes, no + eos], [yes + eos, no]]
-    monkeypatch.setattr(evaluation, "generate", lambda *args, **options: sum(answers, []))
+    monkeypatch.setattr(evaluation, "generate_all", lambda *args, **options: sum(answers, []))
     assert made() == [(QUESTIONS[0], "Yes, I will.", "No, thanks.")]
     report = "made 1 pairs of 7 questions, dropped 6: 2 empty, 2 equal, 2 truncated\n"
     assert capsys.readouterr().out == report
@@ -157,7 +170,7 @@ def test_user_errors(folder, fails):
         (["--seed", -1], "--seed"),
         (["--max-new-tokens", 256], "exceed the model's context of 256"),
         (["--out", "pairs.csv"], "pairs.csv", "must end in .jsonl"),
-        (["--out", "q.txt/pairs.jsonl"], "cannot write to --out q.txt"),
+        (["--out", "q.txt/pairs.jsonl"], "q.txt"),
         (["--questions", "none.txt"], "cannot read none.txt"),
         (["--model", "none"], "no model 'none'"),
     ):
