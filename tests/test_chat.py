@@ -492,20 +492,20 @@ def test_a_vector_knows_its_tokenizer_template_and_system_prompt(tmp_path, capsy
 
     ends = []
 
-    def generate(model, prompts, max_new_tokens, eos_id, steer):
+    def stream(model, prompts, max_new_tokens, eos_id, *args, **options):
         ends.append(eos_id)
-        return [[eos_id]] * len(prompts)
+        yield dict.fromkeys(range(len(prompts)), eos_id)
 
-    monkeypatch.setattr(evaluation, "generate", generate)
+    monkeypatch.setattr(evaluation, "stream", stream)
     score = ["--model", model, "--data", data, "--vector", tmp_path / "run"]
     evaluation.main([str(x) for x in score])
     out = capsys.readouterr().out
-    assert f"chatml template, system {SMOLLM!r}" in out and "note: the vector was" not in out
+    assert f"chatml template, system {SMOLLM!r}" in out and "note: " not in out
     assert ends == [Tokenizer(model).controls["<|im_end|>"]] != [Tokenizer(model).eos_id]
     file = model / "tokenizer.json"
     file.write_text(file.read_text() + "\n")
     evaluation.main([str(x) for x in score])
-    note = f"note: the vector was trained on tokenizer {name!r}, this is {Tokenizer(model).name!r}"
+    note = f"note: its tokenizer in training was {name!r}, this is {Tokenizer(model).name!r}"
     assert note in capsys.readouterr().out
 
 

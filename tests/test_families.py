@@ -416,7 +416,7 @@ def test_both_command_lines_merge(tmp_path, capsys):
         scored += ["--samples", 0, "--json", tmp_path / "eval.json"]
         evaluation.main([str(x) for x in scored])
         printed = capsys.readouterr().out
-        assert ("trained on lora" in printed) == ("--lora" not in flags)
+        assert ("its lora in training was" in printed) == ("--lora" not in flags)
         scores = json.loads((tmp_path / "eval.json").read_text())["tables"]
         (row,) = scores[f"pairs, {MINI / 'test.csv'}"]
         tables.append([steps[1]["grad_norm"], row["margin"][0]])

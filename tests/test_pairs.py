@@ -242,10 +242,10 @@ def test_both_commands_report_and_pass_the_flags(tmp_path, vector, capsys):
     args += ["--vector", tmp_path / "run", "--max-new-tokens", 1]
     evaluation.main([str(x) for x in (*args, "--samples", 1)])
     printed = capsys.readouterr().out
-    assert f"{line} {counts}" in printed and "\nWill you, Sir 0, lead?\n  -2: " in printed
+    assert f"{line} {counts}" in printed and "\nuser: Will you, Sir 0, lead?\n  -2: " in printed
     evaluation.main([str(x) for x in (*args, "--samples", 1, "--letters")])
     printed = capsys.readouterr().out
-    assert f"{line}, letters {counts}" in printed and f"\n{EVAL[:18]}" in printed
+    assert f"{line}, letters {counts}" in printed and f"\nuser: {EVAL[:18]}" in printed
 
     truth = tmp_path / "t.csv"
     truth.write_text("Question,Best Answer,Correct Answers,Incorrect Answers\nq,a,a; b,c; d\n")
