@@ -393,7 +393,6 @@ def draw(path, series, title=""):
     """Write {name: [(multiplier, Mean of a share)]} as a picture, see `check_picture`."""
     import matplotlib.figure
 
-    matplotlib.rcParams["svg.fonttype"] = "none"  # text as text
     figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name, points in series.items():
@@ -403,8 +402,10 @@ def draw(path, series, title=""):
     axes.set(xlabel="multiplier", ylabel="%, with 95% intervals", ylim=(-3, 103), title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, format=path.suffix[1:].lower())
+    picture, kind = io.BytesIO(), path.suffix[1:].lower()
+    fixed = {"metadata": {"Date": None}} if kind == "svg" else {}  # the same numbers, the same file
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "BiPO"}):
+        figure.savefig(picture, format=kind, **fixed)
     write_whole(path, picture.getvalue())
 
 

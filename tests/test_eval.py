@@ -538,6 +538,12 @@ def test_other_files_and_a_picture(tmp_path, vector_file, vector):
     picture = (tmp_path / "x.svg").read_text()
     assert "right, MMLU" in picture and "degenerate, free answers" in picture
     assert "multiplier" in picture and picture.startswith("<?xml")
+    points = {"x": [(0, Mean(0.5, 0.25, 1.0)), (1, Mean(1, 1, 1))]}
+    for name in ("a.svg", "b.svg", "a.png", "a.pdf"):
+        evaluation.draw(tmp_path / name, points)
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    assert (tmp_path / "a.png").read_bytes()[1:4] == b"PNG"
+    assert (tmp_path / "a.pdf").read_bytes()[1:4] == b"PDF"
 
     word = found[0]["answer"][:5]
     (tmp_path / "refusals.txt").write_text(f"{word}\n")
