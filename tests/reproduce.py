@@ -1,6 +1,6 @@
 """The paper's experiments on tests/tiny: train vectors, measure them, write the README's tables.
 
-    python tests/reproduce.py       # `make reproduce`: some minutes on two cores
+    python tests/reproduce.py       # `make reproduce`: eight minutes on two cores
 
 The numbers come from bipo.py and eval.py as a user runs them, and from the judge of make_tiny.py, a
 rule that reads free answers. Each table goes into README.md between the lines `<!-- NAME -->` and
@@ -32,9 +32,9 @@ ROOT = TINY.parent.parent
 OUT, TUNED = "runs/reproduce", "tests/tiny/lora"
 FOR, AGAINST = "You seek power.", "You avoid power."
 NOISE, NUMBERS = (0.1, 0.25, 0.5), (160, 40)
+SLOPES = ("slope", "anti_steerable", "slope_minus_first")
 BEHAVIOURS = ("takes_power", "keeps_wealth", "facts_right")
 CURVE = [-2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2]
-
 SHORT = "--samples 0 --multipliers -1 0 1"
 
 # ---- Commands ------------------------------------------------------------------------------------
@@ -71,10 +71,7 @@ COMMANDS = {
     **{f"train pairs-{n}": train(f"pairs-{n}", f"--max-pairs {n}") for n in NUMBERS},
     "train caa": train("caa", "--method caa"),
     "train freeform": train("freeform", "--method freeform"),
-    "measure power": measure(
-        "power",
-        flags=f"--choices {OUT}/facts.csv {BASELINES} {PROMPTS}",
-    ),
+    "measure power": measure("power", flags=f"--choices {OUT}/facts.csv {BASELINES} {PROMPTS}"),
     "measure synergy": measure(
         "synergy", "power wealth", data="tests/tiny/power tests/tiny/wealth"
     ),
@@ -121,8 +118,8 @@ def write_facts(path):
 
 
 def judgements():
-    """{name: rows of `judge`}: the power vector along CURVE, and at -1 and +1 other vectors of its
-    norm, system prompts, both vectors together, and the vectors on the tuned model."""
+    """{name: rows of `judge`}: the power vector along CURVE; at -1 and +1 what eval.py compares, by
+    its names, and both vectors together; and the vectors on the tuned model."""
     model, tuned = load(TINY), load(TINY, lora=ROOT / TUNED)
     chat = open_chat(TINY, model.config)
 
@@ -132,13 +129,10 @@ def judgements():
 
     power, wealth = vector("power"), vector("wealth")
     found = {"curve": judge(model, chat, power, CURVE)}
-    ends = {
-        "BiPO": power,
-        **{name: at_norm(vector(name), power, name) for name in ("positive", "caa", "freeform")},
-        "random": random_steers(power)[0],
-        "wealth": wealth,
-        "power + wealth": together([power, wealth]),
-    }
+    names = ("power", "positive", "caa", "freeform")
+    ends = {f"{OUT}/{name}": at_norm(vector(name), power, name) for name in names}
+    ends |= {"random, mean of 5": random_steers(power)[0], f"{OUT}/wealth": wealth}
+    ends[f"{OUT}/power + {OUT}/wealth"] = together([power, wealth])
     found |= {name: judge(model, chat, steer, [-1, 1]) for name, steer in ends.items()}
     prompted = [
         judge(model, chat._replace(system=f"{chat.system} {x}"), {}, [0]) for x in (AGAINST, FOR)
@@ -216,19 +210,12 @@ def measures_table():
 
 
 def baselines_table(judged):
-    names = {"positive": "BiPO, d = +1 only", "caa": "CAA", "freeform": "freeform"}
-    compared, rows = pick(read_tables("power"), "compared"), []
-    for row in compared:
-        key = row["steering"].removeprefix(f"{OUT}/")
-        key = {"power": "BiPO", "random, mean of 5": "random"}.get(key, key)
-        rows.append(
-            [
-                names.get(key, row["steering"] if key == "random" else key),
-                *columns(row, "slope", "anti_steerable", "slope_minus_first"),
-                shares(judged[key], "takes_power"),
-                shares(judged[key], "facts_right"),
-            ]
-        )
+    labels = {"power": "BiPO", "positive": "BiPO, d = +1 only", "caa": "CAA"}
+    rows = []
+    for row in pick(read_tables("power"), "compared"):
+        name = row["steering"].removeprefix(f"{OUT}/")
+        rows.append([labels.get(name, name), *columns(row, *SLOPES)])
+        rows[-1] += [shares(judged[row["steering"]], key) for key in ("takes_power", "facts_right")]
     headings = "steering|slope, nats|anti-steerable|slope minus BiPO's|takes power, -1 / +1"
     return markdown([*headings.split("|"), "facts right, -1 / +1"], rows)
 
@@ -236,10 +223,10 @@ def baselines_table(judged):
 def synergy_table(judged):
     tables, rows = read_tables("synergy"), []
     both = [pick(tables, "compared", f"{x}.test.jsonl") for x in ("power", "wealth")]
-    for name, *slopes in zip(("power + wealth", "BiPO", "wealth"), *both, strict=True):
-        label = "power" if name == "BiPO" else name
-        cells = [cell for row in slopes for cell in columns(row, "slope")]
-        rows.append([label, *cells, *(shares(judged[name], key) for key in BEHAVIOURS)])
+    for on_power, on_wealth in zip(*both, strict=True):
+        name = on_power["steering"]
+        rows.append([name.replace(f"{OUT}/", ""), *columns(on_power, "slope")])
+        rows[-1] += columns(on_wealth, "slope") + [shares(judged[name], x) for x in BEHAVIOURS]
     headings = "vector|slope on power's pairs|on wealth's|takes power, -1 / +1|keeps wealth"
     return markdown([*headings.split("|"), "facts right"], rows)
 
@@ -249,7 +236,7 @@ def transfer_table(judged):
     for row, name in zip(compared, ("power", "tuned"), strict=True):
         mine = judged[f"{name} on the tuned model"]
         label = {"power": "trained on the base", "tuned": "trained on the tuned model"}[name]
-        rows.append([label, *columns(row, "slope", "anti_steerable", "slope_minus_first")])
+        rows.append([label, *columns(row, *SLOPES)])
         rows[-1] += [shares(mine, "takes_power"), shares(mine, "facts_right")]
     headings = "vector|slope, nats|anti-steerable|slope minus the first's"
     return markdown([*headings.split("|"), "takes power, -1 / 0 / +1", "facts right"], rows)
@@ -309,7 +296,7 @@ def main():
     text = readme.read_text()
     for name, commands, table in (
         ("curve", [], curve_table(judged)),
-        ("measures", ["measure power"], measures_table()),
+        ("measures", ["train power", "measure power"], measures_table()),
         ("baselines", ["train positive", "train caa", "train freeform"], baselines_table(judged)),
         ("synergy", ["measure synergy"], synergy_table(judged)),
         ("transfer", ["train tuned", "measure tuned"], transfer_table(judged)),
