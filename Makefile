@@ -21,7 +21,7 @@ test: .venv/dev
 bench: .venv/dev
 	$(PY) tests/bench.py --device $(DEVICE)
 
-# The paper's experiments on the small model: writes the README's tables and picture, ten minutes.
+# The paper's experiments on the small model: writes the README's tables and picture, eight minutes.
 reproduce: .venv/dev
 	$(PY) tests/reproduce.py
 

@@ -298,8 +298,8 @@ def add_model_flags(parser):
     """What bipo.py and eval.py have in common."""
     add = parser.add_argument_group("model").add_argument
     add("--model", required=True, help="checkpoint folder, alias or hub id")
-    add("--template", choices=TEMPLATES, help="of the chat (default: the vector's or the model's)")
-    add("--system", help="'' for none (default: the vector's or the template's)")
+    add("--template", choices=TEMPLATES, help="of the chat (default: a vector's or the model's)")
+    add("--system", help="'' for none (default: a vector's or the template's)")
     add("--device", help="cuda, mps or cpu (default: the first there is)")
     dtypes = ("float32", "bfloat16", "float16")
     add("--dtype", choices=dtypes, help="of the weights (default: bfloat16, but float32 on a CPU)")
@@ -588,7 +588,7 @@ def held_out_line(row):
     line = [f"{key} {row[key]:2}" for key in ("epoch", "layer") if key in row] + ["held out"]
     line += [numbers.format(d, **x) for d, x in row["held_out"].items()]
     if "layer" in row:
-        line.append("mean margin {margin:+.2f} nats, |v| {v_norm:.3f}".format(**row))
+        line.append("mean margin {margin:+.3f} nats, |v| {v_norm:.3f}".format(**row))
     return "  ".join(line)
 
 

@@ -539,6 +539,10 @@ def read_choices(path, first=None):
     file and row for anything else."""
     files, found = sorted(path.glob("*.csv")) if path.is_dir() else [path], {}
     for file in files:
+        if file.suffix.lower() not in (".csv", ".json"):
+            raise ValueError(
+                f"{file}: multiple choice is a .csv, a folder of them, or mc_task.json"
+            )
         read = mc_task
         if file.suffix.lower() == ".csv":
             read = truthful_qa if "Best Answer" in read_text(file).split("\n")[0] else mmlu
@@ -1045,7 +1049,7 @@ def save_vector(path, vectors, metadata):
         name = f"vec_ep{metadata.get('epoch', 'E')}_layer{min(vectors)}{path.suffix}"
         raise ValueError(f"{path}: one vector goes in there, and its layer in the name, as {name}")
     vectors = {layer: v.detach().float().cpu().clone() for layer, v in sorted(vectors.items())}
-    if not all(v.isfinite().all() for v in vectors.values()):
+    if not all(v.norm().isfinite() for v in vectors.values()):
         raise ValueError(f"{path} is not written, for it would hold NaN or infinity")
     write_whole(path, write(vectors, metadata))
 
@@ -1089,7 +1093,7 @@ def load_vector(path, layer=None):
             what = f"{v.dtype} {tuple(v.shape)}" if plain else type(v).__name__
             raise ValueError(f"{path}: {name} {what} is no vector direction.LAYER")
         vectors[int(match[1])] = v = v.detach().float()
-        if not v.isfinite().all():
+        if not v.norm().isfinite():
             raise ValueError(f"{path}: {name} holds NaN or infinity")
     if not vectors:
         raise ValueError(f"{path} holds no vector")

@@ -192,7 +192,7 @@ def choice_scores(model, layer, steer, ids, multipliers):
 
 
 def choice_rows(name, choices, logps, multipliers):
-    """One row a multiplier, the first of which must be 0, and the difference from there with its
+    """One row a multiplier, one of which must be 0, and the difference from there with its
     standard error, paired by question. right: share of questions whose first answer is the
     likeliest; for MC2, the right answers' share of the probability."""
 
@@ -202,9 +202,9 @@ def choice_rows(name, choices, logps, multipliers):
 
     table = [[right(x, choice) for x in rows] for choice, rows in zip(choices, logps, strict=True)]
     values = np.array(table, dtype=float).T  # (M, N)
-    rows = []
+    rows, unsteered = [], values[list(multipliers).index(0)]
     for m, now in zip(multipliers, values, strict=True):
-        difference = now - values[0]
+        difference = now - unsteered
         se = float(difference.std(ddof=1)) / math.sqrt(len(now)) if len(now) > 1 else None
         change = {"difference": float(difference.mean()), "standard_error": se}
         rows.append({"multiplier": m, "right": mean(now), **change})
@@ -213,7 +213,7 @@ def choice_rows(name, choices, logps, multipliers):
 
 # ---- Free answers --------------------------------------------------------------------------------
 
-MEANS = ("tokens", "nll", "kl", "repeated", "degenerate", "refuses", "complies")
+MEANS = ("tokens", "cut_off", "nll", "kl", "repeated", "degenerate", "refuses", "complies")
 REPEATED, UNLIKELY = 0.3, 3.0  # from here on an answer is degenerate: share; nats per token
 
 # How a refusal begins, in lower case.
@@ -319,6 +319,7 @@ def free_answers(model, chat, steer, prompts, multipliers, max_new_tokens, prefi
         for prompt, (_, answer), (nll, kl) in zip(prompts, ids, measured, strict=True):
             text, repeated = chat.tokenizer.decode(answer), repetition(answer)
             row = {"prompt": prompt, "multiplier": m, "answer": text, "tokens": len(answer)}
+            row["cut_off"] = answer[-1] != chat.eos_id
             row |= {"nll": nll, "kl": kl, "repeated": repeated, "fault": fault(text, repeated, nll)}
             row |= {"degenerate": bool(row["fault"]), "refuses": refuses(text, prefixes)}
             found.append(row | {"complies": not (row["degenerate"] or row["refuses"])})
@@ -559,6 +560,12 @@ def steerings_to_compare(args, config, steers):
     return compared
 
 
+def check_room(longest, max_new_tokens, limit):
+    if longest + max_new_tokens > limit:
+        asked = f"a prompt of {longest} tokens and --max-new-tokens {max_new_tokens}"
+        raise ValueError(f"{asked} exceed the model's context of {limit}")
+
+
 def print_answers(found, prompts):
     for prompt in prompts:
         turns = [("user", prompt)] if isinstance(prompt, str) else prompt
@@ -577,6 +584,10 @@ def run(args):
         raise ValueError("--first must be 1 or more")
     if not (args.data or args.choices or args.prompts and args.samples):
         raise ValueError("nothing to measure: give --data, --choices, or --prompts and --samples")
+    if (args.baseline or args.system_for or args.system_against) and not args.data:
+        raise ValueError("--baseline, --system-for and --system-against need pairs: give --data")
+    if args.first and not args.choices:
+        raise ValueError("--first counts questions of --choices: give these too")
     if bool(args.system_for) != bool(args.system_against):
         raise ValueError("--system-for and --system-against are compared: give both or neither")
     for check, path in ((check_picture, args.plot), (check_output, args.json)):
@@ -588,18 +599,24 @@ def run(args):
     choices = {}
     for path in args.choices:
         for name, questions in read_choices(path, args.first).items():
+            print(f"read {len(questions)} questions of {name} from {path}")
             ids = [encode_choice(chat, choice, limit) for choice in questions]
             choices[f"{name}, {path}"] = questions, ids
-    prompts = read_prompts(args.prompts) if args.prompts else []
-    prompts = prompts or dict.fromkeys(x for questions, *_ in data.values() for x in questions)
-    prompts = list(prompts)[: args.samples]
+    files = [questions for questions, *_ in data.values()]
+    files = [read_prompts(args.prompts)] if args.prompts else files
+    prompts = list(
+        dict.fromkeys(x for file in files for x in [*dict.fromkeys(file)][: args.samples])
+    )
     longest = max((len(chat.encode_prompt(prompt)) for prompt in prompts), default=0)
-    check_length(longest + args.max_new_tokens, limit)
+    check_room(longest, args.max_new_tokens, limit)
     prefixes = read_refusals(args.refusals)
 
     # 2. the measures; the file grows with them
     model, (whole, *_) = load(*checkpoint), next(iter(compared.values()))
     settings = vars(args) | {"template": chat.template, "system": chat.system}
+    settings |= dict(zip(("folder", "dtype", "device", "lora"), checkpoint, strict=True))
+    settings["pairs"] = {str(path): len(questions) for path, (questions, *_) in data.items()}
+    settings["norms"] = {k: {i: v.norm().item() for i, v in x.items()} for k, x in steers.items()}
     tables, result = {}, {"settings": settings, "answers": []}
 
     def show(title, rows):
@@ -613,10 +630,10 @@ def run(args):
     for path, encoded in data.items():
         for title, rows in pair_tables(model, layer, compared, multipliers, *encoded):
             show(f"{title}, {path}", rows)
-    from_0 = [0.0, *(m for m in multipliers if m)]
+    with_0 = sorted({0.0, *multipliers})
     for name, (questions, ids) in choices.items():
-        logps = choice_scores(model, layer, whole, ids, from_0)
-        show(name, choice_rows(name, questions, logps, from_0))
+        logps = choice_scores(model, layer, whole, ids, with_0)
+        show(name, choice_rows(name, questions, logps, with_0))
     if prompts:
         options = multipliers, args.max_new_tokens, prefixes
         result["answers"] = found = free_answers(model, chat, whole, prompts, *options)
@@ -752,14 +769,17 @@ def hide(key, text):
     return text.replace(key, "***") if key else text
 
 
+def in_a_line(key, text):
+    text = "".join(c if c.isprintable() else " " for c in hide(key, text))
+    return f"{' '.join(text.split()):.300}"
+
+
 def ask(args, text):
     """`read_completion` of the reply to a text. What may pass is tried TRIES times: no connection,
     nothing for --timeout seconds, HTTP 429 and 5xx, a reply that is cut off or no chat completion.
     Raises ValueError for the rest, and for what does not pass."""
-    wait = 0
-    for n in range(TRIES):
-        time.sleep(min(wait, LONGEST))
-        wait = PAUSE * 2**n
+    for n in range(1, TRIES + 1):
+        wait = PAUSE * 2 ** (n - 1)
         try:
             status, headers, body = post(args, text)
             if status == 200:
@@ -771,9 +791,12 @@ def ask(args, text):
             wait = max(wait, float(after) if re.fullmatch(r"\d+(\.\d+)?", after) else 0)
         except (OSError, http.client.HTTPException, UnicodeError) as e:
             fault = str(getattr(e, "reason", e))
-    fault = "".join(c if c.isprintable() else " " for c in hide(args.key, fault))
-    fault = f"attempt {n + 1}: {' '.join(fault.split()):.300}"
-    raise ValueError(f"{args.url}, {fault}; what was judged is in {args.out}")
+        if n < TRIES:
+            wait = min(wait, LONGEST)
+            print(f"attempt {n}: {in_a_line(args.key, fault)}; again in {wait:g} s", flush=True)
+            time.sleep(wait)
+    fault = f"{args.url}, attempt {n}: {in_a_line(args.key, fault)}"
+    raise ValueError(f"{fault}; what was judged is in {args.out}")
 
 
 def rate(args, row):
@@ -847,7 +870,9 @@ def score_table(rows):
 
 def judge_answers(args):
     if not args.judge or not re.fullmatch(r"https?://[!-?A-~]+", args.url or ""):
-        raise ValueError("needs --judge and --url, http:// or https:// without spaces and @")
+        raise ValueError(
+            "needs --judge and --url: a name, and http(s)://... with no space or @ in it"
+        )
     if not re.fullmatch("[!-~]*", args.key) or not 0 < args.timeout < 1e6:
         raise ValueError("needs a --key without spaces, and a --timeout > 0")
     head = {"rubric": args.rubric, "behaviour": args.behaviour, "judge": args.judge}
@@ -866,7 +891,7 @@ def judge_answers(args):
     used = [sum(row[name] for row in rows) for name in TOKENS]
     cost = f", {np.dot(used, args.price) / 1e6:.4f} dollars" if args.price else ""
     if any(used):  # the server may not count
-        print("{:,} prompt tokens, {:,} completion tokens".format(*used) + cost)
+        print("in all {:,} prompt tokens, {:,} completion tokens".format(*used) + cost)
 
 
 # ---- Pairs from questions ------------------------------------------------------------------------
@@ -907,7 +932,7 @@ def make_pairs(args):
     prompts = read_prompts(args.questions)
     both = (args.target, args.against)
     rows = [chat.encode_prompt(lean(chat, prompt, text)) for prompt in prompts for text in both]
-    check_length(max(map(len, rows)) + args.max_new_tokens, config.max_seq_len)
+    check_room(max(map(len, rows)), args.max_new_tokens, config.max_seq_len)
     check_output(args.out)
     model = load(path, dtype, device, args.lora)
     sampling = {"temperature": args.temperature, "seed": args.seed}

@@ -626,7 +626,7 @@ def test_choosing_a_layer(tmp_path, monkeypatch, capsys, method, flags):
         assert row["v_norm"] == steps[-1]["v_norm"]
         margins[row["layer"]] = sum(d * row["held_out"][f"{d}"]["margin"] for d in (1, -1)) / 2
         assert row["margin"] == pytest.approx(margins[row["layer"]])
-        end = "  mean margin {margin:+.2f} nats, |v| {v_norm:.3f}\n".format(**row)
+        end = "  mean margin {margin:+.3f} nats, |v| {v_norm:.3f}\n".format(**row)
         (line,) = re.findall(f"^layer {row['layer']:2}  held out  d .*\n", printed, re.MULTILINE)
         assert line.endswith(end)
     assert chosen["layer"] == best == max(margins, key=margins.get)

@@ -532,8 +532,8 @@ def test_other_files_and_a_picture(tmp_path, vector_file, vector):
     tables, found, _ = evaluate(tmp_path, *flags, "--plot", tmp_path / "x.svg")
     name = f"MMLU, {tmp_path}/a.csv"
     assert list(tables) == [name, "free answers"]
-    assert [row["multiplier"] for row in tables[name]] == [0, -2, -1, 1, 2]
-    assert tables[name][0]["difference"] == 0
+    assert [row["multiplier"] for row in tables[name]] == [-2, -1, 0, 1, 2]
+    assert tables[name][2]["difference"] == 0
     assert {row["prompt"] for row in found} == {"Will you?", "Won't you?"}
     picture = (tmp_path / "x.svg").read_text()
     assert "right, MMLU" in picture and "degenerate, free answers" in picture
@@ -622,7 +622,7 @@ def test_vectors_of_different_layers(tmp_path, vector):
     compared = [row["steering"] for row in tables[f"compared at -1 and +1, {name}"]]
     assert compared == [f"{high} + {low}", str(high), str(low), "random, mean of 5"]
     choice = read_choices(tmp_path / "a.csv")["MMLU"][:1]
-    ids, m = [encode_choice(chat, x, 512) for x in choice], [0, 1, -1]
+    ids, m = [encode_choice(chat, x, 512) for x in choice], [-1, 0, 1]
     logps = choice_scores(model, 1, {1: vector, 3: vector.roll(1)}, ids, m)
     rows = tables[f"MMLU, {tmp_path}/a.csv"]
     assert_same(
@@ -630,6 +630,18 @@ def test_vectors_of_different_layers(tmp_path, vector):
         choice_rows("MMLU", choice, logps, m),
     )
     assert settings["template"] == chat.template and settings["first"] == 1
+    assert settings["dtype"] == "torch.float32" and settings["pairs"] == {str(name): len(pairs)}
+    assert settings["norms"][str(low)] == {"1": pytest.approx(vector.norm().item())}
+
+
+def test_samples_are_of_each_file(tmp_path, vector_file):
+    other = jsonl(tmp_path / "o.jsonl", {"prompt": "Rich?", "chosen": "Yes.", "rejected": "No."})
+    files = ["--model", MINI, "--data", MINI / "test.csv", other, "--vector", vector_file]
+    flags = ["--samples", 2, "--max-new-tokens", 2, "--multipliers", 1]
+    _, found, _ = evaluate(tmp_path, *files, *flags)
+    first = [pair.prompt for pair in read_pairs(MINI / "test.csv")][:2]
+    assert [row["prompt"] for row in found] == [*first, "Rich?"]
+    assert all(row["cut_off"] and row["tokens"] == 2 for row in found)
 
 
 def test_letters_and_one_layer_of_several(tmp_path, vector, capsys):
@@ -746,7 +758,8 @@ def test_user_errors(tmp_path, vector_file, vector, fails, monkeypatch):
     wrong("'Red Red", "the model's context is 512", choices=tmp_path / "long.csv")
     (tmp_path / "refusals.txt").write_text(" \n")
     wrong("refusals.txt holds no lines", refusals=tmp_path / "refusals.txt")
-    wrong("exceed the model's context", max_new_tokens=500)
+    wrong("tokens and --max-new-tokens 500 exceed the model's context", max_new_tokens=500)
+    wrong("--first counts questions of --choices", first=3)
     wrong("same norm", "layers [1], and is for [2]", baseline=saved({2: vector}))
     wrong("same norm", "other than 0", baseline=saved({1: 0 * vector}))
     wrong("width 8", baseline=saved({1: torch.ones(8)}))
@@ -757,6 +770,10 @@ def test_user_errors(tmp_path, vector_file, vector, fails, monkeypatch):
     wrong("pip install matplotlib", plot="x.svg")
     nothing = ["--model", MINI, "--vector", vector_file]
     fails(evaluation.main, nothing, "nothing to measure: give --data, --choices")
+    for flag in (["--baseline", "random"], ["--system-for", "a", "--system-against", "b"]):
+        unread = [*nothing, "--prompts", MINI / "test.csv", *flag]
+        fails(evaluation.main, unread, "need pairs: give --data")
+    fails(evaluation.main, [*nothing, "--choices", "x.txt"], "x.txt: multiple choice is a .csv")
     fails(evaluation.main, [*nothing, "--prompts", "x", "--samples", 0], "nothing to measure")
     fails(evaluation.main, [*EVAL, "--vector", vector_file, vector_file], "stands twice", ":2")
     fails(evaluation.main, [*EVAL, "--vector", "none"], "none")

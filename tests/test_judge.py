@@ -208,8 +208,10 @@ def test_the_pauses(judge, folder, capsys, monkeypatch):
     judge.script = [(500, {}, b"")] * 5 + [OK]
     busy = [(429, {"Retry-After": after}, b"") for after in ("7.5", "0", "86400")]
     judge.script += busy
-    run(judge, capsys)
-    assert pauses == [0, 1, 2, 4, 8, 16, 0, 7.5, 2, 60]
+    _, printed = run(judge, capsys)
+    assert pauses == [1, 2, 4, 8, 16, 7.5, 2, 60]
+    told = [line for line in printed.splitlines() if line.startswith("attempt")]
+    assert told[0] == "attempt 1: HTTP 500; again in 1 s" and len(told) == len(pauses)
 
 
 @pytest.mark.parametrize(
@@ -378,7 +380,7 @@ def test_user_errors(judge, folder, fails):
     wrong("--judge and --url", url="")
     wrong("--judge and --url", judge="")
     for url in ("file:///etc/passwd", "ftp://x/", "127.0.0.1", "http://me:secret@x", "http://a b"):
-        wrong("http:// or https://", url=url)
+        wrong("--judge and --url", "http(s)://", url=url)
     wrong("--key without spaces", key="a\nb")
     wrong("--key without spaces", key="schlüssel")
     wrong("--timeout > 0", timeout=0)

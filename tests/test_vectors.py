@@ -218,6 +218,7 @@ def test_a_file_cut_short(tmp_path, suffix):
 NOT_VECTORS = [
     torch.tensor([1.0, float("nan")]),
     torch.tensor([1e300], dtype=torch.float64),  # infinite in fp32
+    torch.tensor([1e38, 3e38]),  # its norm is
     torch.ones(2, 2),
     torch.ones(()),
     torch.ones(2, dtype=torch.int32),
