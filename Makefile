@@ -11,11 +11,15 @@ demo: .venv/run
 	$(PY) eval.py --model tests/tiny --vector runs/$(BEHAVIOUR) --data tests/tiny/$(BEHAVIOUR).test.jsonl
 	$(PY) tests/make_tiny.py --judge runs/$(BEHAVIOUR)
 
-# Before you trust it, and after you change it: style and every test, in two minutes.
+# Before you trust it, and after you change it: style and the tests, in two minutes.
 test: .venv/dev
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
-	$(PY) -m pytest -q tests
+	$(PY) -m pytest -q tests -m "not slow"
+
+# When you changed what these guard (long pairs, a full disk, copying files out): the other tests.
+test-slow: .venv/dev
+	$(PY) -m pytest -q tests -m slow
 
 # How fast and small it is here, beside the usual ways; on an idle machine, DEVICE=cuda on a GPU.
 bench: .venv/dev
@@ -42,4 +46,4 @@ clean:
 	$(PY) -m pip install -q -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test bench reproduce tiny clean
+.PHONY: demo test test-slow bench reproduce tiny clean

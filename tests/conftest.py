@@ -22,6 +22,10 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: seconds, for what seldom breaks; `make test-slow`")
+
+
 def run_cli(script, *args):
     """A script as a user runs it: (exit code, stdout, stderr)."""
     command = [sys.executable, str(ROOT / script), *map(str, args)]

@@ -402,6 +402,7 @@ def test_first_pass_in_a_file_gives_the_same_vector(tmp_path, capsys):
     assert torch.equal(*(load_vector(tmp_path / x)[0][1] for x in "ab"))
 
 
+@pytest.mark.slow
 def test_no_room_for_the_first_pass(tmp_path):
     args = [sys.executable, *TRAIN, "--out", tmp_path / "run", "--cache-gib", 0]
     command = "ulimit -f 64; exec " + shlex.join(map(str, args))  # files of at most 64 KiB
@@ -660,6 +661,7 @@ def test_default_folders(tmp_path, monkeypatch):
         assert list(load_vector(tmp_path / "runs" / name)[0]) != []
 
 
+@pytest.mark.slow
 def test_pairs_of_2048_tokens(tmp_path):
     model = tmp_path / "model"
     shutil.copytree(MINI, model)

@@ -414,6 +414,7 @@ words = st.text(st.characters(codec="utf-8"), max_size=20) | st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(prompt=words, chosen=words, rejected=words, turns=st.booleans(), data=st.data())
 def test_the_prompts_ids_begin_the_pairs(chats, prompt, chosen, rejected, turns, data):

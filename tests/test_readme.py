@@ -100,6 +100,7 @@ def test_the_metadata_keys_are_listed(tmp_path):
     assert set(data.load_vector(tmp_path / "run")[1]) | {"scale"} == listed
 
 
+@pytest.mark.slow
 def test_copied_files_run_alone(tmp_path):
     """First llama.py, then data.py and bipo.py beside it, with nothing else of ours to import."""
     (tmp_path / "use.py").write_text(

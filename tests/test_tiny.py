@@ -36,6 +36,7 @@ def test_held_out_questions_share_no_sentence_with_the_training_text():
     assert len(asked) > 10000 and not asked & set(held_out)
 
 
+@pytest.mark.slow
 def test_training_text_holds_both_kinds_of_answers_equally_often():
     rng = random.Random(0)
     text = [row for _ in range(2) for row in training_text(rng)]
@@ -199,6 +200,7 @@ def test_lora_makes_an_adapter_of_the_model_and_nothing_else(tmp_path, capsys):
     assert {file: file.stat().st_mtime_ns for file in TINY.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_judge_with_the_adapter(tmp_path, monkeypatch, capsys):
     read = make_tiny.read_jsonl
     monkeypatch.setattr(make_tiny, "read_jsonl", lambda path: read(path)[:4])
