@@ -103,9 +103,8 @@ def response_logps(model, layer, h, batch, above=None):
     h = model.blocks(h, layer + 1, n_layers, batch.positions, batch.masks, steer=above)
     logits = model.head(h[0, batch.predictors])  # (R, vocab_size)
     logps = -F.cross_entropy(logits, batch.targets, reduction="none")  # (R,)
-    return torch.stack([part.sum() for part in logps.split(batch.lengths)]).view(
-        len(batch.masks), -1
-    )
+    sums = [part.sum() for part in logps.split(batch.lengths)]
+    return torch.stack(sums).view(len(batch.masks), -1)
 
 
 def steered_logps(model, layer, v, d, pairs, above=None):
@@ -428,7 +427,6 @@ def draw_pairs(pairs, most, noise, seed):
     rng = random.Random(f"pairs {seed}")
     kept = sorted(rng.sample(range(len(pairs)), len(pairs))[:most])
     swapped = set(rng.sample(kept, len(kept))[: round(noise * len(kept))])
-
     drawn = [(pairs[i], i in swapped) for i in kept]
     drawn = [p._replace(chosen=p.rejected, rejected=p.chosen) if turn else p for p, turn in drawn]
     return drawn, len(swapped)

@@ -132,13 +132,11 @@ def read_pairs(path, letters=False, best=False):
     the one that is needed.
     """
     path = Path(path)
-    kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
-    if kind not in CONTAINERS:
-        raise ValueError(f"{path}: a pair file ends in .{', .'.join(CONTAINERS)} or that and .gz")
+    kind, records = open_records(path, "pair", CONTAINERS)
     flags = [flag for flag, is_set in (("letters", letters), ("best", best)) if is_set]
     pairs, seen, name = Pairs(), set(), None
     dropped = {"duplicates": 0, "identical answers": 0, "broken records": 0}
-    for place, record in CONTAINERS[kind](path, read_text(path)):
+    for place, record in records:
         source = f"{path}{place}"
         try:
             form, convert, values = recognise(record, flags)
@@ -175,6 +173,16 @@ def split_pairs(pairs, seed, share=0.1):
 
 
 # Containers: path, text -> (place, record) of each record; a record is a dict.
+
+
+def open_records(path, what, containers):
+    """(kind, (place, record) of each record) of a file by the end of its name, maybe with .gz.
+    Raises ValueError for another end; what: kind of file it would be."""
+    kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
+    if kind not in containers:
+        ends = ", .".join(containers)
+        raise ValueError(f"{path}: a {what} file ends in .{ends} or that and .gz")
+    return kind, containers[kind](path, read_text(path))
 
 
 def read_text(path):
@@ -396,11 +404,17 @@ FORMATS = (  # name, names that each column may have, converter, test, flag
 )
 
 
-def recognise(record, flags):
-    """(name, converter, values) by FORMATS. Raises ValueError if there is none, or a doubt."""
+def named_columns(record):
+    """[(a column's name in lower case, "a b" being a_b; its key)]. Raises ValueError for a record
+    that is no object."""
     if not isinstance(record, dict):
         raise ValueError(f"not a JSON object: {record!r:.60}")
-    named = [(key.strip().lower().replace(" ", "_"), key) for key in record]
+    return [(key.strip().lower().replace(" ", "_"), key) for key in record]
+
+
+def recognise(record, flags):
+    """(name, converter, values) by FORMATS. Raises ValueError if there is none, or a doubt."""
+    named = named_columns(record)
 
     def find(columns):
         return [[key for name, key in named if name in names] for names in columns]
@@ -453,15 +467,10 @@ def read_prompts(path):
     a container of CONTAINERS the column that PROMPT names, `system` before it if there is one; any
     maybe with .gz. Raises ValueError with file and line for a record that does not hold one."""
     path, prompts = Path(path), {}
-    kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
-    containers = {"txt": text_records, **CONTAINERS}
-    if kind not in containers:
-        raise ValueError(f"{path}: a prompt file ends in .{', .'.join(containers)} or that and .gz")
-    for place, record in containers[kind](path, read_text(path)):
+    _, records = open_records(path, "prompt", {"txt": text_records, **CONTAINERS})
+    for place, record in records:
         try:
-            if not isinstance(record, dict):
-                raise ValueError(f"not a JSON object: {record!r:.60}")
-            keys = [key for key in record if key.strip().lower().replace(" ", "_") in PROMPT]
+            keys = [key for name, key in named_columns(record) if name in PROMPT]
             if len(keys) != 1:
                 found = f"{' and '.join(keys) or 'none'} of {', '.join(record)}"
                 raise ValueError(f"one column must be the prompt, named {PROMPT[0]}, not {found}")

@@ -311,10 +311,11 @@ def answers(model, chat, steer, prompts, multipliers, max_new_tokens):
 def free_answers(model, chat, steer, prompts, multipliers, max_new_tokens, prefixes):
     """Greedy answers, a dict each: prompt, multiplier, answer, fault and what MEANS names.
     complies: neither a refusal nor degenerate; to a malicious request, the attack's success."""
+    asked = [chat.encode_prompt(prompt) for prompt in prompts]
     new = answers(model, chat, steer, prompts, multipliers, max_new_tokens)
     found, progress = [], Progress("fluency of answers", len(multipliers), quiet=True)
     for j, m in enumerate(multipliers):
-        ids = [(chat.encode_prompt(x), row[j]) for x, row in zip(prompts, new, strict=True)]
+        ids = [(prompt, row[j]) for prompt, row in zip(asked, new, strict=True)]
         measured = fluency(model, {layer: m * v for layer, v in steer.items()}, ids)
         for prompt, (_, answer), (nll, kl) in zip(prompts, ids, measured, strict=True):
             text, repeated = chat.tokenizer.decode(answer), repetition(answer)
