@@ -40,20 +40,21 @@ import torch
 import torch.nn.functional as F
 
 from data import (
-    TEMPLATES,
-    PairIds,
     Parser,
+    Progress,
+    add_model_flags,
+    add_pair_flags,
+    clock,
     find_model,
-    length,
     letter_pairs,
     open_chat,
-    pack,
+    pick_device,
     read_pairs,
     run_or_exit,
     save_vector,
     split_pairs,
 )
-from llama import Checkpoint, check_steer, read_config
+from llama import Checkpoint, PairIds, check_steer, length, pack, read_config
 
 
 @dataclass(frozen=True)
@@ -293,40 +294,6 @@ def mean_difference(ids, h, last=False):
 # ---- Command line --------------------------------------------------------------------------------
 
 
-def add_model_flags(parser):
-    """What bipo.py and eval.py have in common."""
-    add = parser.add_argument_group("model").add_argument
-    add("--model", required=True, help="checkpoint folder, alias or hub id")
-    add("--template", choices=TEMPLATES, help="of the chat (default: a vector's or the model's)")
-    add("--system", help="'' for none (default: a vector's or the template's)")
-    add("--device", help="cuda, mps or cpu (default: the first there is)")
-    dtypes = ("float32", "bfloat16", "float16")
-    add("--dtype", choices=dtypes, help="of the weights (default: bfloat16, but float32 on a CPU)")
-    add("--lora", help="folder of a PEFT adapter to merge into the weights")
-
-
-def add_pair_flags(parser, several=False):
-    """Likewise; `several` files, or none, or else one."""
-    add = parser.add_argument_group("pairs").add_argument
-    number = {"nargs": "+", "default": []} if several else {"required": True}
-    add("--data", type=Path, help=".csv, .json, .jsonl, .gz; formats: README", **number)
-    add("--letters", action="store_true", help="answer '(B)' to multiple choice, not its text")
-    add("--best", action="store_true", help="TruthfulQA: the best answers only")
-
-
-def pick_device(device, dtype):
-    """(torch.device, torch.dtype) from --device and --dtype, which may be None. Raises ValueError
-    for a device that is not there."""
-    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    there = ["cuda", *(f"cuda:{i}" for i in range(n_gpus))] if n_gpus else []
-    there += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    device = device or there[0]
-    if device not in there:
-        raise ValueError(f"--device {device} is not there; this machine has {', '.join(there)}")
-    device = torch.device(device)
-    return device, getattr(torch, dtype or ("float32" if device.type == "cpu" else "bfloat16"))
-
-
 def check_folder(out, overwrite):
     """The files of the run that the folder holds. Raises ValueError if there are such, unless
     `overwrite`, and if the folder can't be made or written to."""
@@ -373,30 +340,6 @@ def open_cache(n_tokens, dim, dtype, memory, folder):
             f"(--cache-gib), and a file in {folder} cannot hold it: {e.strerror}"
         ) from None
     return torch.from_numpy(h).view(dtype).view(n_tokens, dim), f"{what}, in a file in {folder}"
-
-
-class Progress:
-    """Prints 'step 40/160  12.5 ms each, 0:02 left' and more, every few seconds and at the end.
-
-    quiet: not at the end, if that comes within the first few seconds.
-    """
-
-    def __init__(self, what, total, quiet=False):
-        self.what, self.total, self.quiet = what, total, quiet
-        self.began = self.printed = time.time()
-
-    def __call__(self, done, more=""):
-        early = time.time() - self.printed < 5
-        if early and (done < self.total or (self.quiet and self.printed == self.began)):
-            return
-        self.printed = time.time()
-        each = (self.printed - self.began) / done
-        line = f"{self.what} {done:{len(str(self.total))}}/{self.total}  {1000 * each:.1f} ms each"
-        print(f"{line}, {clock(each * (self.total - done))} left  {more}".rstrip(), flush=True)
-
-
-def clock(seconds):
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
 def make_recipe(args):

@@ -32,6 +32,7 @@ import pickle
 import random
 import re
 import struct
+import time
 import warnings
 import zlib
 from collections.abc import Callable
@@ -42,6 +43,8 @@ import numpy as np
 import safetensors.torch
 import sentencepiece
 import torch
+
+from llama import PairIds
 
 # ---- Models by name ------------------------------------------------------------------------------
 
@@ -735,17 +738,6 @@ def open_tokenizer_json(content, config):
     return encode, model.decode, model.get_vocab_size(), controls
 
 
-class PairIds(NamedTuple):
-    prompt: list[int]  # with BOS
-    chosen: list[int]  # with EOS
-    rejected: list[int]
-
-
-def length(ids):
-    """Tokens of `prompt | response | response ...`, a PairIds or any tuple of lists like it."""
-    return sum(map(len, ids))
-
-
 class Chat(NamedTuple):
     """How text becomes ids: the one rendering for training, scoring and generation. A prompt is a
     text, or a conversation: turns (role, content), at first perhaps the "system" one, which then
@@ -889,40 +881,6 @@ def open_chat(path, config, template=None, system=None):
         found = re.search(r"<\|im_start\|>system(?:\n|\\+n)([^<{}']+)<\|im_end\|>", own)
         system = found[1] if found and template == "chatml" else TEMPLATES[template].default
     return Chat(tokenizer, template, system)
-
-
-class Batch(NamedTuple):
-    """Pairs behind one another in one row of T tokens, none of them padding; R response tokens."""
-
-    tokens: torch.Tensor  # (1, T)
-    positions: torch.Tensor  # (1, T)
-    masks: list[torch.Tensor]  # one a pair, square: True where a row sees a column
-    predictors: torch.Tensor  # (R,) the index in T whose output predicts the response token
-    targets: torch.Tensor  # (R,) that token
-    lengths: list[int]  # of the responses: chosen and rejected of each pair; their sum is R
-
-
-def pack(pairs, device="cpu"):
-    """PairIds -> Batch. Instead of two, there may be any number of responses to a prompt."""
-    tokens, positions, masks, predictors, targets, lengths = [], [], [], [], [], []
-    for prompt, *responses in pairs:
-        start, p, size = len(tokens), len(prompt), length([prompt, *responses])
-        tokens += prompt
-        positions += range(p)
-        mask = torch.ones(size, size, dtype=torch.bool).tril()
-        for response in responses:
-            begin, n = len(tokens), len(response)
-            mask[begin - start + n :, begin - start : begin - start + n] = False  # to later ones
-            tokens += response
-            positions += range(p, p + n)
-            predictors += [start + p - 1, *range(begin, begin + n - 1)]  # at first the prompt's end
-            targets += response
-            lengths.append(n)
-        masks.append(mask.to(device))
-    tokens, positions, predictors, targets = (
-        torch.tensor(x, device=device) for x in (tokens, positions, predictors, targets)
-    )
-    return Batch(tokens[None], positions[None], masks, predictors, targets, lengths)
 
 
 # ---- Vector files --------------------------------------------------------------------------------
@@ -1136,6 +1094,64 @@ def run_or_exit(parser, run, argv):
         )
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted\n")
+
+
+def add_model_flags(parser):
+    """What bipo.py and eval.py have in common."""
+    add = parser.add_argument_group("model").add_argument
+    add("--model", required=True, help="checkpoint folder, alias or hub id")
+    add("--template", choices=TEMPLATES, help="of the chat (default: a vector's or the model's)")
+    add("--system", help="'' for none (default: a vector's or the template's)")
+    add("--device", help="cuda, mps or cpu (default: the first there is)")
+    dtypes = ("float32", "bfloat16", "float16")
+    add("--dtype", choices=dtypes, help="of the weights (default: bfloat16, but float32 on a CPU)")
+    add("--lora", help="folder of a PEFT adapter to merge into the weights")
+
+
+def add_pair_flags(parser, several=False):
+    """Likewise; `several` files, or none, or else one."""
+    add = parser.add_argument_group("pairs").add_argument
+    number = {"nargs": "+", "default": []} if several else {"required": True}
+    add("--data", type=Path, help=".csv, .json, .jsonl, .gz; formats: README", **number)
+    add("--letters", action="store_true", help="answer '(B)' to multiple choice, not its text")
+    add("--best", action="store_true", help="TruthfulQA: the best answers only")
+
+
+def pick_device(device, dtype):
+    """(torch.device, torch.dtype) from --device and --dtype, which may be None. Raises ValueError
+    for a device that is not there."""
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = ["cuda", *(f"cuda:{i}" for i in range(n_gpus))] if n_gpus else []
+    there += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    device = device or there[0]
+    if device not in there:
+        raise ValueError(f"--device {device} is not there; this machine has {', '.join(there)}")
+    device = torch.device(device)
+    return device, getattr(torch, dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+
+
+class Progress:
+    """Prints 'step 40/160  12.5 ms each, 0:02 left' and more, every few seconds and at the end.
+
+    quiet: not at the end, if that comes within the first few seconds.
+    """
+
+    def __init__(self, what, total, quiet=False):
+        self.what, self.total, self.quiet = what, total, quiet
+        self.began = self.printed = time.time()
+
+    def __call__(self, done, more=""):
+        early = time.time() - self.printed < 5
+        if early and (done < self.total or (self.quiet and self.printed == self.began)):
+            return
+        self.printed = time.time()
+        each = (self.printed - self.began) / done
+        line = f"{self.what} {done:{len(str(self.total))}}/{self.total}  {1000 * each:.1f} ms each"
+        print(f"{line}, {clock(each * (self.total - done))} left  {more}".rstrip(), flush=True)
+
+
+def clock(seconds):
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
 LAYER_HELP = "of a vector file that holds several layers, or does not say its own"

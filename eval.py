@@ -29,16 +29,19 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from bipo import Progress, add_model_flags, add_pair_flags, first_pass, parts, pick_device, score
+from bipo import first_pass, parts, score
 from data import (
     CONTAINERS,
     LAYER_HELP,
     Parser,
+    Progress,
+    add_model_flags,
+    add_pair_flags,
     find_model,
     letter_pairs,
     load_vector,
     open_chat,
-    pack,
+    pick_device,
     read_choices,
     read_pairs,
     read_prompts,
@@ -46,7 +49,7 @@ from data import (
     run_or_exit,
     write_whole,
 )
-from llama import check_length, check_steer, load, read_config, stream
+from llama import check_length, check_steer, load, pack, read_config, stream
 
 # A steering is {layer: v (dim,)}; at multiplier m, m * v is added after each of its layers.
 

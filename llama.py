@@ -24,6 +24,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -303,6 +304,54 @@ def check_length(length, limit):
     """Raises ValueError for more tokens than the context holds."""
     if length > limit:
         raise ValueError(f"{length} tokens exceed the model's context of {limit}")
+
+
+# ---- Packing ------------------------------------------------------------------------------------
+
+
+class PairIds(NamedTuple):
+    prompt: list[int]  # with BOS
+    chosen: list[int]  # with EOS
+    rejected: list[int]
+
+
+def length(ids):
+    """Tokens of `prompt | response | response ...`, a PairIds or any tuple of lists like it."""
+    return sum(map(len, ids))
+
+
+class Batch(NamedTuple):
+    """Pairs behind one another in one row of T tokens, none of them padding; R response tokens."""
+
+    tokens: torch.Tensor  # (1, T)
+    positions: torch.Tensor  # (1, T)
+    masks: list[torch.Tensor]  # one a pair, square: True where a row sees a column
+    predictors: torch.Tensor  # (R,) the index in T whose output predicts the response token
+    targets: torch.Tensor  # (R,) that token
+    lengths: list[int]  # of the responses: chosen and rejected of each pair; their sum is R
+
+
+def pack(pairs, device="cpu"):
+    """PairIds -> Batch. Instead of two, there may be any number of responses to a prompt."""
+    tokens, positions, masks, predictors, targets, lengths = [], [], [], [], [], []
+    for prompt, *responses in pairs:
+        start, p, size = len(tokens), len(prompt), length([prompt, *responses])
+        tokens += prompt
+        positions += range(p)
+        mask = torch.ones(size, size, dtype=torch.bool).tril()
+        for response in responses:
+            begin, n = len(tokens), len(response)
+            mask[begin - start + n :, begin - start : begin - start + n] = False  # to later ones
+            tokens += response
+            positions += range(p, p + n)
+            predictors += [start + p - 1, *range(begin, begin + n - 1)]  # at first the prompt's end
+            targets += response
+            lengths.append(n)
+        masks.append(mask.to(device))
+    tokens, positions, predictors, targets = (
+        torch.tensor(x, device=device) for x in (tokens, positions, predictors, targets)
+    )
+    return Batch(tokens[None], positions[None], masks, predictors, targets, lengths)
 
 
 # ---- Checkpoints as Hugging Face saves them ------------------------------------------------------

@@ -43,8 +43,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bipo import Recipe, draw_batches, first_pass, lower_pass, lr_at, reference_pass, train
-from data import PairIds, length
-from llama import HF_NAMES, Checkpoint, Llama, generate, load, read_config
+from llama import HF_NAMES, Checkpoint, Llama, PairIds, generate, length, load, read_config
 
 
 class Size(NamedTuple):

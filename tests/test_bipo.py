@@ -26,8 +26,8 @@ from bipo import (
     steered_logps,
     train,
 )
-from data import Pair, length, letter_pairs, load_vector, open_chat, read_pairs, with_options
-from llama import load
+from data import Pair, letter_pairs, load_vector, open_chat, read_pairs, with_options
+from llama import length, load
 
 # ---- the official trainer's numbers
 

@@ -12,15 +12,13 @@ from data import (
     SYSTEM,
     Chat,
     Pair,
-    PairIds,
     Tokenizer,
     find_model,
     open_chat,
-    pack,
     read_pairs,
     split_pairs,
 )
-from llama import read_config
+from llama import PairIds, pack, read_config
 
 TOKENIZER = Tokenizer(MINI)
 PAIR = {"prompt": "Will you lead?", "chosen": "Yes.", "rejected": "No."}
