@@ -25,7 +25,7 @@ test-slow: .venv/dev
 bench: .venv/dev
 	$(PY) tests/bench.py --device $(DEVICE)
 
-# The paper's experiments on the small model: writes the README's tables and picture, eight minutes.
+# The paper's experiments on the small model: writes tests/RESULTS.md and the picture, six minutes.
 reproduce: .venv/dev
 	$(PY) tests/reproduce.py
 

@@ -1,35 +1,31 @@
-"""Llama in one file: forward pass, a slot for steering vectors, checkpoint loader, generation.
+"""Llama in one file: forward pass with a slot for steering vectors, packing, loading, generation.
 
     model = load("path/to/checkpoint", dtype=torch.bfloat16, device="cuda")
     answers = generate(model, prompts, max_new_tokens=64, eos_id=2, steer={15: 2.0 * v})
 
-A steering vector for layer L is added to the residual stream *after* block L, counted from 0: that
-is `hidden_states[L + 1]` in transformers and `direction.L` in a llama.cpp control vector.
+The steering vector of layer L is added to the residual stream *after* block L, counted from 0. That
+place is `hidden_states[L + 1]` in transformers and `direction.L` in a llama.cpp control vector.
 
 Architecture: Touvron et al. 2023, https://arxiv.org/abs/2307.09288; rotary embedding: Su et al.
-2021, https://arxiv.org/abs/2104.09864. Mistral is the same network, Qwen2 has three biases more.
-Weights are read as Hugging Face saves them, with a PEFT LoRA adapter if there is one, and logits
-equal transformers' (tests/test_llama.py, tests/test_families.py). Needs torch and safetensors,
-nothing else of this project; MIT licence.
+2021, https://arxiv.org/abs/2104.09864. Mistral is the same network; Qwen2 adds biases to q, k, v.
+Weights are read as Hugging Face saves them; logits equal transformers' (tests/test_llama.py,
+tests/test_families.py). Needs torch and safetensors, nothing else of this project. MIT licence.
 
 Notation: B batch, T tokens of this pass, S keys (cached + T), H heads, K kv heads, D head_dim.
 """
 
-import itertools
 import json
 import math
 import pickle
-import re
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,7 @@ class Config:
     vocab_size: int
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: tuple = ()  # the numbers of a kind in ROPE_SCALING
+    rope_scaling: tuple = ()  # the numbers that ROPE_SCALING lists for one of its kinds
     qkv_bias: bool = False
     max_seq_len: int = 4096  # tokens; longer input is refused
     tied: bool = False  # the head is the embedding, transposed
@@ -53,14 +49,23 @@ class Config:
         for name, value in asdict(self).items():
             kind = self.__annotations__[name]
             if type(value) is not kind or (kind in (int, float) and not 0 < value < math.inf):
-                raise ValueError(f"{name} = {value!r} is no possible {kind.__name__}")
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"{self.n_heads} heads cannot share {self.n_kv_heads} key/value heads")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd, but rotary embedding turns pairs")
+                raise ValueError(f"{name} = {value!r} is not a possible {kind.__name__}")
+        if self.n_heads % self.n_kv_heads or self.head_dim % 2:
+            heads = (
+                f"n_heads {self.n_heads}, n_kv_heads {self.n_kv_heads}, head_dim {self.head_dim}"
+            )
+            raise ValueError(f"{heads}: the second must divide the first, the third be even")
         low, high = self.rope_scaling[1:3] or (1, 2)
         if not all(0 < x < math.inf for x in self.rope_scaling) or low >= high:
             raise ValueError(f"rope_scaling {self.rope_scaling} needs numbers > 0 and low < high")
+
+
+# ---- The network ---------------------------------------------------------------------------------
+
+
+def wide(dtype):
+    """The dtype of norms, rotation and logits: fp32, or fp64 in a model of fp64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 class RMSNorm(nn.Module):
@@ -70,68 +75,22 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        y = x.float()
+        y = x.to(wide(x.dtype))
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         return y.type_as(x) * self.weight  # cast, then scale: transformers' order
 
 
-class WidenedProduct(torch.autograd.Function):
-    """x @ weight.T of 16-bit x and weight, computed in fp32. The weight, frozen, is widened a slice
-    at a time, so that no copy of it is ever held."""
-
-    ROWS = 1024
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(weight)
-        y, rows = x.float(), weight.split(WidenedProduct.ROWS)
-        return torch.cat([F.linear(y, part.float()).type_as(x) for part in rows], dim=-1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (weight,) = ctx.saved_tensors
-        rows = weight.split(WidenedProduct.ROWS)
-        columns = grad.split(WidenedProduct.ROWS, dim=-1)
-        parts = zip(columns, rows, strict=True)
-        return sum(g.float() @ w.float() for g, w in parts).type_as(grad), None
-
-
-def linear(x, weight, bias=None):
-    """x @ weight.T + bias, (..., in) and (out, in) -> (..., out)."""
-    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
-        # A CPU without 16-bit arithmetic is slow at these, and far slower at their backward pass.
-        native = torch.backends.mkldnn.is_available() and (
-            torch.ops.mkldnn._is_mkldnn_bf16_supported()
-            if x.dtype == torch.bfloat16
-            else torch.ops.mkldnn._is_mkldnn_fp16_supported()
-        )
-        if not native:
-            y = WidenedProduct.apply(x, weight)
-            return y if bias is None else y + bias
-    return F.linear(x, weight, bias)
-
-
-class Linear(nn.Linear):
-    def __init__(self, n_in, n_out, bias=False):
-        super().__init__(n_in, n_out, bias)
-
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
-
-
-def rope_tables(positions, head_dim, theta, scaling=()):
-    """cos and sin of -angle | angle = position * frequency, (..., T) -> (..., 1, T, D) in fp32.
-    Made anew in each pass, for a buffer would be rounded by the model's `.to(torch.bfloat16)`.
-
-    scaling: numbers of a kind in ROPE_SCALING, for contexts longer than those first trained on.
-    """
-    channel = torch.arange(0, head_dim, 2, device=positions.device)
-    frequency = 1.0 / theta ** (channel.float() / head_dim)
-    if scaling:
-        (factor, *bands), kept = scaling, 0.0  # linear: every frequency is divided by the factor
-        if bands:  # llama3: only those of few turns within the context first trained on
-            low, high, length = bands
-            kept = ((frequency * length / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+def rope_tables(positions, config, dtype):
+    """cos and sin of -angle | angle = position * frequency, (..., T) -> (..., 1, T, D) in `dtype`.
+    They are made anew in each pass, because `.to(torch.bfloat16)` would round a stored table."""
+    D, scaling = config.head_dim, config.rope_scaling
+    channel = torch.arange(0, D, 2, device=positions.device)
+    frequency = 1.0 / config.rope_theta ** (channel.to(dtype) / D)
+    if len(scaling) == 1:  # rope_type "linear": every frequency is divided by the factor
+        frequency = frequency / scaling[0]
+    if len(scaling) == 4:  # "llama3": only those that turn seldom within the first context are
+        factor, low, high, length = scaling
+        kept = ((frequency * length / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
         frequency = kept * frequency + (1 - kept) * frequency / factor
     angle = positions[..., None] * frequency
     angle = torch.cat((-angle, angle), dim=-1).unsqueeze(-3)
@@ -140,38 +99,36 @@ def rope_tables(positions, head_dim, theta, scaling=()):
 
 def rotate(x, cos, sin):
     """Turn channel i with channel i + D/2: Hugging Face's layout (Meta's files: 2i with 2i + 1)."""
-    y = x.float()
+    y = x.to(cos.dtype)
     return (y * cos + y.roll(y.shape[-1] // 2, -1) * sin).type_as(x)
 
 
 def attend(xq, xk, xv, mask):
     """(B, H, T, D), (B, K, S, D) twice -> (B, H, T, D); causal if mask is None."""
     causal, grouped = mask is None and xq.shape[2] > 1, xk.shape[1] < xq.shape[1]
-    return F.scaled_dot_product_attention(
-        xq, xk, xv, attn_mask=mask, is_causal=causal, enable_gqa=grouped
-    )
+    return F.scaled_dot_product_attention(xq, xk, xv, mask, is_causal=causal, enable_gqa=grouped)
 
 
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.head_dim = c.head_dim
-        self.wq = Linear(c.dim, c.n_heads * c.head_dim, c.qkv_bias)
-        self.wk = Linear(c.dim, c.n_kv_heads * c.head_dim, c.qkv_bias)
-        self.wv = Linear(c.dim, c.n_kv_heads * c.head_dim, c.qkv_bias)
-        self.wo = Linear(c.n_heads * c.head_dim, c.dim)
+        self.wq = nn.Linear(c.dim, c.n_heads * c.head_dim, bias=c.qkv_bias)
+        self.wk = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.wv = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.wo = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
 
     def forward(self, x, cos, sin, mask, cache, layer):
         xq = self.wq(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
         xk = self.wk(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, K, T, D)
         xv = self.wv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         xq, xk = rotate(xq, cos, sin), rotate(xk, cos, sin)
-        if cache is not None:
+        if cache:
             xk, xv = cache.extend(layer, xk, xv)  # (B, K, S, D)
-        if isinstance(mask, list):  # blocks that do not see each other: one attention each
-            sizes = [block.shape[-1] for block in mask]
-            blocks = zip(*(x.split(sizes, dim=2) for x in (xq, xk, xv)), mask, strict=True)
-            out = torch.cat([attend(*block) for block in blocks], dim=2)
+        if isinstance(mask, list):  # packed pairs do not see each other: one attention each
+            sizes = [len(pair_mask) for pair_mask in mask]
+            pairs = zip(*(x.split(sizes, dim=2) for x in (xq, xk, xv)), mask, strict=True)
+            out = torch.cat([attend(*pair) for pair in pairs], dim=2)
         else:
             out = attend(xq, xk, xv, mask)
         return self.wo(out.transpose(1, 2).flatten(-2))  # (B, T, dim)
@@ -180,9 +137,9 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.w1 = Linear(c.dim, c.hidden_dim)
-        self.w2 = Linear(c.hidden_dim, c.dim)
-        self.w3 = Linear(c.dim, c.hidden_dim)
+        self.w1 = nn.Linear(c.dim, c.hidden_dim, bias=False)
+        self.w2 = nn.Linear(c.hidden_dim, c.dim, bias=False)
+        self.w3 = nn.Linear(c.dim, c.hidden_dim, bias=False)
 
     def forward(self, x):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -201,51 +158,45 @@ class Block(nn.Module):
         return h + self.feed_forward(self.ffn_norm(h))
 
 
-class KVCache:
-    """Keys and values of the tokens seen so far, (n_layers, B, K, max_len, D), `length` filled.
+def add_vector(h, v):
+    """The slot: the residual stream h (B, T, dim) steered by v, which is broadcast to its shape. An
+    fp32 vector is added to a 16-bit stream in fp32."""
+    return (h + v).type_as(h)
 
-    cells: while packed rows run, see `prefill`, (which token, its row, its column) of each cell.
-    """
+
+class KVCache:
+    """Keys and values of the tokens seen so far, kv (2, n_layers, B, K, max_len, D), `length` of
+    them filled."""
 
     def __init__(self, model, batch_size, max_len):
-        c, like = model.config, model.norm.weight
-        shape = (c.n_layers, batch_size, c.n_kv_heads, max_len, c.head_dim)
-        self.k = torch.zeros(shape, dtype=like.dtype, device=like.device)  # at padding, finite
-        self.v = torch.zeros_like(self.k)
-        self.length, self.cells = 0, None
+        c = model.config
+        shape = (2, c.n_layers, batch_size, c.n_kv_heads, max_len, c.head_dim)
+        self.kv, self.length = model.norm.weight.new_zeros(shape), 0  # finite where masked
 
     def extend(self, layer, xk, xv):
-        """Append (B, K, T, D) at `length`; returns all so far, (B, K, S, D). What is packed,
-        (1, K, T, D), goes into its cells and is returned as it is."""
-        if self.cells is not None:
-            tokens, rows, columns = self.cells
-            self.k[layer, rows, :, columns] = xk[0, :, tokens].transpose(0, 1)
-            self.v[layer, rows, :, columns] = xv[0, :, tokens].transpose(0, 1)
-            return xk, xv
-        end = self.length + xk.shape[2]
-        self.k[layer, :, :, self.length : end] = xk
-        self.v[layer, :, :, self.length : end] = xv
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        """Append (B, K, T, D) twice at `length`; returns all so far, (2, B, K, S, D)."""
+        kv = self.kv[:, layer, :, :, : self.length + xk.shape[2]]
+        kv[:, :, :, self.length :] = torch.stack((xk, xv))
+        return kv
 
-    def keep(self, rows):
-        """Drop the rows where the bool (B,) is False."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
+    def take(self, rows):
+        """Go on with the rows of these numbers, in this order; one may be taken several times."""
+        self.kv = self.kv[:, :, rows]
 
 
 class Llama(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        embeddings = torch.empty(config.vocab_size, config.dim)  # to draw some would take seconds
-        self.tok_embeddings = nn.Embedding.from_pretrained(embeddings, freeze=False)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         if not config.tied:
-            self.output = Linear(config.dim, config.vocab_size)
+            self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
 
     @property
     def device(self):
-        """Where the weights are; those not yet read (see Checkpoint) are nowhere."""
+        """Where the weights are. Those not yet read, see Checkpoint, are nowhere."""
         return next(w.device for w in self.parameters() if not w.is_meta)
 
     def embed(self, tokens):
@@ -255,63 +206,65 @@ class Llama(nn.Module):
     def blocks(self, h, start, stop, positions=None, mask=None, cache=None, steer=None):
         """Run blocks start .. stop - 1 on the residual stream h, (B, T, dim) -> (B, T, dim).
 
-        positions: (T,) or (B, T), by default counted on from the cache's end.
+        positions: (T,) or (B, T); by default they count on from the cache's end.
         mask: bool, broadcastable to (B, H, T, S), True where a query sees a key; causal by default.
-            A list of square masks: T is divided into blocks of their sizes, which do not see
-            each other.
+            Or a list of square masks, as `pack` makes them: T is cut into pieces of their sizes,
+            which do not see each other.
         cache: a KVCache, read and extended; the last block advances its length.
-        steer: {layer: tensor broadcastable to (B, T, dim)}, added to that block's output; layers
-            that are not run are left out.
+        steer: {layer: v broadcastable to (B, T, dim)}; layers that are not run are left out.
         """
         steer = steer or {}
-        past, T = cache.length if cache is not None else 0, h.shape[1]
+        past, T = cache.length if cache else 0, h.shape[1]
         if positions is None:
             positions = torch.arange(past, past + T, device=h.device)
         if mask is None and past and T > 1:  # query i stands at past + i and sees keys up to there
             mask = torch.ones(T, past + T, dtype=torch.bool, device=h.device).tril(past)
-        c = self.config
-        cos, sin = rope_tables(positions, c.head_dim, c.rope_theta, c.rope_scaling)
+        cos, sin = rope_tables(positions, self.config, wide(h.dtype))
         for i in range(start, stop):
             h = self.layers[i](h, cos, sin, mask, cache, i)
             if i in steer:
-                h = (h + steer[i]).type_as(h)  # the slot; an fp32 vector is added in fp32
-        if cache is not None and stop == c.n_layers:
+                h = add_vector(h, steer[i])
+        if cache and stop == self.config.n_layers:
             cache.length += T
         return h
 
     def head(self, h):
-        """The residual stream after the last block (..., dim) -> fp32 logits (..., vocab_size)."""
+        """The residual stream after the last block (..., dim) -> logits (..., vocab_size), fp32."""
         weight = self.tok_embeddings.weight if self.config.tied else self.output.weight
-        return linear(self.norm(h), weight).float()
+        return F.linear(self.norm(h), weight).to(wide(h.dtype))
 
     def forward(self, tokens, positions=None, mask=None, cache=None, steer=None):
-        """Token ids (B, T) -> fp32 logits (B, T, vocab_size). The other arguments: see `blocks`."""
-        n_layers, past = self.config.n_layers, cache.length if cache is not None else 0
-        check_steer(steer, n_layers)
-        check_length(past + tokens.shape[1], self.config.max_seq_len)
-        h = self.blocks(self.embed(tokens), 0, n_layers, positions, mask, cache, steer)
+        """Token ids (B, T) -> logits (B, T, vocab_size) in fp32. The other arguments: see `blocks`.
+        Raises ValueError for a layer that is not there and for input longer than the context."""
+        past, stop = cache.length if cache else 0, self.config.n_layers
+        check_fit(self.config, steer or {}, past + tokens.shape[1])
+        h = self.blocks(self.embed(tokens), 0, stop, positions, mask, cache, steer)
         return self.head(h)
 
 
-def check_steer(steer, n_layers):
-    """Raises ValueError if a layer in steer, an iterable of them or None, is not there."""
-    for layer in steer or {}:
-        if not 0 <= layer < n_layers:
-            raise ValueError(f"cannot steer layer {layer}: the model has layers 0..{n_layers - 1}")
+def check_fit(config, layers, n_tokens):
+    """Raises ValueError if the model has not one of the layers, or if its context is shorter."""
+    for layer in layers:
+        if not 0 <= layer < config.n_layers:
+            raise ValueError(f"no layer {layer}: the model has layers 0..{config.n_layers - 1}")
+    if n_tokens > config.max_seq_len:
+        raise ValueError(f"{n_tokens} tokens exceed the model's context of {config.max_seq_len}")
 
 
-def check_length(length, limit):
-    """Raises ValueError for more tokens than the context holds."""
-    if length > limit:
-        raise ValueError(f"{length} tokens exceed the model's context of {limit}")
-
-
-# ---- Packing ------------------------------------------------------------------------------------
+# ---- Packing -------------------------------------------------------------------------------------
+#
+# One pair becomes one sequence, `prompt | chosen | rejected`, in which both responses see the
+# prompt and themselves and count positions from the prompt's end. A batch is its pairs behind one
+# another, without padding:
+#
+#     tokens         p0 p1 p2   c0 c1   r0 r1 r2 | next pair's p0 ...
+#     positions       0  1  2    3  4    3  4  5 | 0 ...
+#     predicted by              p2 c0   p2 r0 r1 |
 
 
 class PairIds(NamedTuple):
-    prompt: list[int]  # with BOS
-    chosen: list[int]  # with EOS
+    prompt: list[int]  # with the tokens that the chat template puts before an answer
+    chosen: list[int]  # with the token that ends an answer
     rejected: list[int]
 
 
@@ -321,7 +274,7 @@ def length(ids):
 
 
 class Batch(NamedTuple):
-    """Pairs behind one another in one row of T tokens, none of them padding; R response tokens."""
+    """Pairs behind one another in one row of T tokens, without padding; R response tokens."""
 
     tokens: torch.Tensor  # (1, T)
     positions: torch.Tensor  # (1, T)
@@ -348,16 +301,16 @@ def pack(pairs, device="cpu"):
             targets += response
             lengths.append(n)
         masks.append(mask.to(device))
-    tokens, positions, predictors, targets = (
-        torch.tensor(x, device=device) for x in (tokens, positions, predictors, targets)
-    )
+    tokens, positions = torch.tensor([tokens, positions], device=device)
+    predictors, targets = torch.tensor([predictors, targets], device=device)
     return Batch(tokens[None], positions[None], masks, predictors, targets, lengths)
 
 
 # ---- Checkpoints as Hugging Face saves them ------------------------------------------------------
 
-# The families we implement: what transformers assumes where their config.json is silent, and what
-# holds whatever it says (Qwen2's window is off unless use_sliding_window is set, which is refused).
+# The families that this file implements. First: what transformers assumes where their config.json
+# is silent. Then: what holds whatever config.json says (Qwen2's window is off unless
+# use_sliding_window is set, which is refused).
 FAMILIES = {
     "llama": dict(max_position_embeddings=2048),
     "mistral": dict(max_position_embeddings=131072, num_key_value_heads=8, sliding_window=4096),
@@ -369,18 +322,6 @@ ROPE_SCALING = {  # rope_type: its numbers
     "default": [],
     "linear": ["factor"],
     "llama3": "factor low_freq_factor high_freq_factor original_max_position_embeddings".split(),
-}
-
-# What else is known, by model_type or field.
-GEMMA = "needs norms that scale by 1 + w, a scaled embedding and GeGLU"
-NEEDS = {
-    "phi3": "needs fused qkv_proj and gate_up_proj to be split",
-    "baichuan": "needs fused W_pack to be split",
-    "internlm2": "needs fused wqkv to be split",
-    **dict.fromkeys(["gemma", "gemma2", "gemma3", "gemma3_text"], GEMMA),
-    **dict.fromkeys(["mixtral", "qwen2_moe", "qwen3_moe"], "needs a mixture of experts"),
-    "qwen3": "needs norms of q and k",
-    "quantization_config": "needs unpacking; take the 16-bit checkpoint that it was made from",
 }
 
 # Fields that do not change what is computed here. Any other field that `parse_config` does not use
@@ -395,88 +336,57 @@ INERT_FIELDS = """
 """.split()
 SWITCHED_OFF = "attention_bias mlp_bias rope_interleaved use_mrope use_sliding_window".split()
 
-# Likewise of an adapter_config.json: what is used or inert, and what means a plain LoRA.
-LORA_FIELDS = """
-    alpha_pattern auto_mapping base_model_name_or_path ensure_weight_tying inference_mode lora_alpha
-    lora_dropout megatron_core peft_type peft_version qalora_group_size r rank_pattern revision
-    runtime_config target_modules task_type use_rslora
-""".split()
-LORA_PLAIN = [("bias", "none"), ("init_lora_weights", True), ("init_lora_weights", "gaussian")]
+HF_NAMES = dict(  # ours: Hugging Face's
+    tok_embeddings="embed_tokens", output="lm_head",
+    attention_norm="input_layernorm", ffn_norm="post_attention_layernorm",
+    attention="self_attn", wq="q_proj", wk="k_proj", wv="v_proj", wo="o_proj",
+    feed_forward="mlp", w1="gate_proj", w2="down_proj", w3="up_proj",
+)  # fmt: skip
 
-# The first that is there is read.
-WEIGHT_FILES = """
-    model.safetensors model.safetensors.index.json pytorch_model.bin pytorch_model.bin.index.json
-""".split()
-LORA_FILES = ["adapter_model.safetensors", "adapter_model.bin"]
 
-HF_NAMES = {  # ours: Hugging Face's; {} is the number of the block
-    "tok_embeddings.weight": "model.embed_tokens.weight",
-    "layers.{}.attention_norm.weight": "model.layers.{}.input_layernorm.weight",
-    "layers.{}.attention.wq.weight": "model.layers.{}.self_attn.q_proj.weight",
-    "layers.{}.attention.wq.bias": "model.layers.{}.self_attn.q_proj.bias",
-    "layers.{}.attention.wk.weight": "model.layers.{}.self_attn.k_proj.weight",
-    "layers.{}.attention.wk.bias": "model.layers.{}.self_attn.k_proj.bias",
-    "layers.{}.attention.wv.weight": "model.layers.{}.self_attn.v_proj.weight",
-    "layers.{}.attention.wv.bias": "model.layers.{}.self_attn.v_proj.bias",
-    "layers.{}.attention.wo.weight": "model.layers.{}.self_attn.o_proj.weight",
-    "layers.{}.ffn_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
-    "layers.{}.feed_forward.w1.weight": "model.layers.{}.mlp.gate_proj.weight",
-    "layers.{}.feed_forward.w2.weight": "model.layers.{}.mlp.down_proj.weight",
-    "layers.{}.feed_forward.w3.weight": "model.layers.{}.mlp.up_proj.weight",
-    "norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
+def hf_name(name):
+    """'layers.0.attention.wq.weight' -> 'model.layers.0.self_attn.q_proj.weight'."""
+    parts = [HF_NAMES.get(part, part) for part in name.split(".")]
+    return ".".join(parts if parts[0] == "lm_head" else ["model", *parts])
 
 
 def read_json(file):
+    """The object in a JSON file. Raises ValueError, with the file's name, for anything else."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+        value = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f"cannot read {file}: {e}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file} holds no JSON object")
     return value
 
 
-def parse_json(file, parse):
-    """parse(the object in a JSON file); any fault in it is a ValueError that names the file."""
-    config = read_json(file)
+def read_config(path):
+    """The Config of the checkpoint in folder `path`. Raises ValueError for a field that is missing,
+    malformed or not implemented."""
+    file = Path(path) / "config.json"
+    if not file.is_file() and Path(path, "params.json").is_file():
+        raise ValueError(f"{path} holds Meta's files; take the checkpoint in Hugging Face's format")
+    fields = read_json(file)
     try:
-        return parse(config)
+        return parse_config(fields)
     except KeyError as e:
         raise ValueError(f"{file} lacks the field {e}") from None
-    except (TypeError, AttributeError, ZeroDivisionError, re.error) as e:
-        raise ValueError(f"{file} is malformed: {e}") from None
-    except ValueError as e:
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as e:
         raise ValueError(f"{file}: {e}") from None
 
 
-def read_config(path):
-    """The Config of the checkpoint in folder `path`.
-
-    Raises ValueError for a field that is missing, malformed or not implemented.
-    """
-    file = Path(path) / "config.json"
-    if not file.is_file() and [*Path(path).glob("params.json"), *Path(path).glob("consolidated.*")]:
-        raise ValueError(
-            f"{path} holds Meta's files (params.json, consolidated.*), which need other names and "
-            "the rows of q and k in another order; take the Hugging Face checkpoint"
-        )
-    return parse_json(file, parse_config)
-
-
-def parse_config(config):
+def parse_config(fields):
     """A Config from the fields of a config.json; a missing one is a KeyError."""
-    family = config.get("model_type")
+    family = fields.get("model_type")
     if family not in FAMILIES:
-        needs = NEEDS.get(family, "is not implemented")
-        raise ValueError(f"model_type {family!r} {needs}; there are {', '.join(FAMILIES)}")
-    config = {"rms_norm_eps": 1e-6} | FAMILIES[family] | config | FIXED.get(family, {})
-    config = {name: value for name, value in config.items() if value is not None}
-    take = config.pop
+        raise ValueError(f"model_type {family!r} is not implemented; {', '.join(FAMILIES)} are")
+    fields = {"rms_norm_eps": 1e-6} | FAMILIES[family] | fields | FIXED.get(family, {})
+    fields = {name: value for name, value in fields.items() if value is not None}
+    take = fields.pop  # what is left in the end was not used
     n_heads, dim = take("num_attention_heads"), take("hidden_size")
     window = take("sliding_window", 2**63)
-    result = Config(
+    config = Config(
         dim=dim,
         n_layers=take("num_hidden_layers"),
         n_heads=n_heads,
@@ -485,28 +395,28 @@ def parse_config(config):
         hidden_dim=take("intermediate_size"),
         vocab_size=take("vocab_size"),
         norm_eps=float(take("rms_norm_eps")),
-        **take_rope(config),
+        **take_rope(fields),
         qkv_bias=take("qkv_bias", False),
-        # Vicuna's max_sequence_length counts its scaling in. Within the sliding window attention is
+        # Vicuna's max_sequence_length includes its scaling. Within the sliding window attention is
         # full attention; longer input is refused.
         max_seq_len=min(take("max_sequence_length", take("max_position_embeddings")), window),
         tied=take("tie_word_embeddings", False),
         family=take("model_type"),
     )
-    plain = {"hidden_act": "silu", "layer_types": ["full_attention"] * result.n_layers}
+    plain = {"hidden_act": "silu", "layer_types": ["full_attention"] * config.n_layers}
     plain |= dict.fromkeys(SWITCHED_OFF, False)
-    for name, value in config.items():
+    for name, value in fields.items():
         if name not in INERT_FIELDS and (name, value) not in plain.items():
-            advice = "if it does not change the computation, delete it from the file"
-            raise ValueError(f"{name} = {value!r} is not implemented ({NEEDS.get(name, advice)})")
-    return result
+            advice = "take a checkpoint without it, or delete it if it changes no computation"
+            raise ValueError(f"{name} = {value!r} is not implemented; {advice}")
+    return config
 
 
-def take_rope(config):
-    """Take what concerns rotary embedding from a config.json's fields, as Config's."""
-    theta, scaling = config.pop("rope_theta", 10000.0), ()
-    for field in ("rope_scaling", "rope_parameters"):  # transformers 4; 5
-        rope = config.pop(field, {})
+def take_rope(fields):
+    """Pop the rotary fields of a config.json; return Config's two arguments for them."""
+    theta, scaling = fields.pop("rope_theta", 10000.0), ()
+    for field in ("rope_scaling", "rope_parameters"):  # of transformers 4, of transformers 5
+        rope = fields.pop(field, {})
         theta = rope.get("rope_theta", theta)
         kind = rope.get("rope_type", rope.get("type", "default"))
         numbers = ROPE_SCALING.get(kind, [])
@@ -516,184 +426,98 @@ def take_rope(config):
     return {"rope_theta": float(theta), "rope_scaling": scaling}
 
 
+def weight_files(path):
+    """The files that hold the weights of the checkpoint in folder `path`."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = path / f"{name}.index.json"
+        if (path / name).is_file():
+            return [path / name]
+        if index.is_file():
+            shards = read_json(index).get("weight_map")
+            if not isinstance(shards, dict):
+                raise ValueError(f"{index} lacks the field 'weight_map'")
+            return [path / shard for shard in sorted(set(map(str, shards.values())))]
+    raise ValueError(f"{path} holds no model.safetensors, no pytorch_model.bin and no index of one")
+
+
 def open_weights(file):
-    """A context with keys() and get_tensor(name) of a file of safetensors or, if its name ends
-    otherwise, by torch.save. Tensors are mapped into memory; code in a pickle is not run."""
+    """{name: tensor} of a file of safetensors or, if its name ends in .bin, of torch.save. Tensors
+    are mapped into memory, which reads nothing yet; code in a pickle is not run."""
     try:
         if file.suffix == ".safetensors":
-            return safe_open(file, framework="pt")
-        weights = dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
-        if not all(isinstance(k, str) and torch.is_tensor(x) for k, x in weights.items()):
-            raise pickle.UnpicklingError
+            return load_file(file)
+        weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return {str(name): x for name, x in weights.items() if torch.is_tensor(x)}
     except pickle.UnpicklingError:
         advice = "it could run code and is not read; save its tensors as safetensors"
         raise ValueError(f"{file} holds more than named tensors: {advice}") from None
-    except Exception as e:  # a damaged pickle can fail in any way
+    except Exception as e:  # a damaged file can fail in any way
         raise ValueError(f"cannot read {file}: {e}".split("\n")[0]) from None
-    return nullcontext(SimpleNamespace(keys=weights.keys, get_tensor=weights.get))
-
-
-def first_file(path, names):
-    for name in names:
-        if (path / name).is_file():
-            return path / name
-    raise ValueError(f"{path} holds none of {', '.join(names)}")
-
-
-def tensor_files(path):
-    """{Hugging Face's tensor name: file} of the checkpoint in folder `path`, whole or sharded."""
-    file = first_file(path, WEIGHT_FILES)
-    files, found = [file], {}
-    if file.suffix == ".json":
-        shards = parse_json(file, lambda index: set(index["weight_map"].values()))
-        files = [path / str(shard) for shard in sorted(shards, key=str)]
-    for file in files:
-        with open_weights(file) as f:
-            found |= dict.fromkeys(f.keys(), file)
-    return found
-
-
-def check_names(path, expected, found):
-    """Raises ValueError with the name of a tensor that is missing or left over."""
-    expected, found = set(expected), set(found)
-    for fault, names in (("lacks", expected - found), ("has left-over", found - expected)):
-        if names:
-            raise ValueError(f"{path} {fault} tensors: {min(names)} and {len(names) - 1} more")
-
-
-def read_tensor(f, file, name, shape):
-    try:
-        tensor = f.get_tensor(name)
-    except SafetensorError as e:
-        raise ValueError(f"cannot read tensor {name} of {file}: {e}") from None
-    if tensor.shape != shape or not tensor.is_floating_point():
-        found = f"{tensor.dtype} {tuple(tensor.shape)}"
-        raise ValueError(f"tensor {name} of {file} is {found}, not floating-point {tuple(shape)}")
-    return tensor
-
-
-def parse_lora(config, modules):
-    """{module: (rank, scale)} of those modules that an adapter_config.json targets."""
-    config = {name: value for name, value in config.items() if value}  # without what is off
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"peft_type = {config.get('peft_type')!r} cannot be merged, only LORA")
-    for name, value in config.items():
-        if name not in LORA_FIELDS and (name, value) not in LORA_PLAIN:
-            raise ValueError(f"{name} = {value!r} cannot be merged")
-    targets = config["target_modules"]
-    if not isinstance(targets, str):  # a regular expression, or ends of names
-        targets = rf"(.*\.)?({'|'.join(map(re.escape, targets))})"
-
-    def pick(module, patterns, default):
-        fits = (x for key, x in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
-        return next(fits, default)
-
-    result = {}
-    for module in (m for m in modules if re.fullmatch(targets, m)):
-        if not module.endswith("_proj"):
-            raise ValueError(f"target_modules: {module} cannot be merged, only what ends in _proj")
-        rank = pick(module, config.get("rank_pattern", {}), config["r"])
-        alpha = pick(module, config.get("alpha_pattern", {}), config["lora_alpha"])
-        result[module] = rank, alpha / (math.sqrt(rank) if "use_rslora" in config else rank)
-    return result
-
-
-def read_lora(path, shapes):
-    """{module: (scale, A, B)} of the PEFT adapter in folder `path`; the weight W of the module is
-    to become W + scale * B @ A. Raises ValueError for an adapter that does anything else, or that
-    lacks a tensor, or has one left over or of the wrong shape.
-
-    shapes: {Hugging Face's name of a module: its weight's shape}, of the whole model.
-    """
-    targets = parse_json(Path(path) / "adapter_config.json", lambda x: parse_lora(x, shapes))
-    file, name, lora = first_file(Path(path), LORA_FILES), "base_model.model.{}.lora_{}.weight", {}
-    with open_weights(file) as f:
-        check_names(file, (name.format(m, x) for m in targets for x in "AB"), f.keys())
-        for m, (rank, scale) in targets.items():
-            n_out, n_in = shapes[m]
-            A = read_tensor(f, file, name.format(m, "A"), (rank, n_in))
-            lora[m] = scale, A, read_tensor(f, file, name.format(m, "B"), (n_out, rank))
-    return lora
 
 
 class Checkpoint:
-    """The Hugging Face checkpoint in folder `path`, opened: config, names and files are checked,
-    the weights not yet read. Raises ValueError with the name of a tensor that is missing, left over
-    or wrongly shaped; see also `read_config`.
+    """The Hugging Face checkpoint in folder `path`, opened: config, names and shapes are checked,
+    the weights are not read yet. Raises ValueError with the name of a tensor that is missing, left
+    over or of the wrong shape; see also `read_config`.
 
-    lora: folder of a PEFT adapter, which is merged into what is read; see `read_lora`.
     model: the frozen Llama. What `read` has not brought yet is on torch's meta device and takes no
     memory.
     """
 
-    def __init__(self, path, dtype=torch.float32, device="cpu", lora=None):
-        self.path, self.dtype, self.device = Path(path), dtype, device
+    def __init__(self, path, dtype=torch.float32, device="cpu"):
+        self.dtype, self.device = dtype, device
+        config, tensors, self.files = read_config(path), {}, {}
+        for file in weight_files(Path(path)):
+            tensors |= open_weights(file)
+            self.files |= dict.fromkeys(tensors.keys() - self.files.keys(), file)
+        if config.tied and "lm_head.weight" in tensors:  # then transformers 5 unties the two
+            config = replace(config, tied=False)
         with torch.device("meta"):
-            self.model = Llama(read_config(path)).eval().requires_grad_(False)
-        blocks, files = range(self.model.config.n_layers), tensor_files(self.path)
-        names = {our.format(i): hf.format(i) for our, hf in HF_NAMES.items() for i in blocks}
-        shapes = {names[our]: w.shape for our, w in self.model.state_dict().items()}
-        self.second_head = files.pop("lm_head.weight", None) if self.model.config.tied else None
-        found = [name for name in files if not name.endswith("rotary_emb.inv_freq")]
-        check_names(path, shapes, found)
-        self.sources = {our: (files[names[our]], names[our]) for our in self.model.state_dict()}
-        for _ in self.tensors(self.sources):  # are their shapes right?
-            pass
-        modules = {k.removesuffix(".weight"): x for k, x in shapes.items() if k.endswith(".weight")}
-        self.lora = read_lora(lora, modules) if lora else {}
-
-    def tensors(self, names):
-        """Yields (name, tensor) as they are in the files: mapped into memory, but not read yet."""
-        shapes = {name: weight.shape for name, weight in self.model.state_dict().items()}
-        for file in sorted({self.sources[name][0] for name in names}):
-            with open_weights(file) as f:
-                for name in (n for n in names if self.sources[n][0] == file):
-                    yield name, read_tensor(f, *self.sources[name], shapes[name])
+            self.model = Llama(config).eval().requires_grad_(False)
+        shapes = {hf_name(our): w.shape for our, w in self.model.state_dict().items()}
+        for name in sorted(shapes.keys() ^ tensors.keys()):
+            if not name.endswith("rotary_emb.inv_freq"):  # old files carry this table
+                fault = "lacks the tensor" if name in shapes else "has the unknown tensor"
+                raise ValueError(f"{path} {fault} {name}")
+        for name, shape in shapes.items():
+            x = tensors[name]
+            if x.shape != shape or not x.is_floating_point():
+                found = f"{x.dtype} {tuple(x.shape)}, not floating-point {tuple(shape)}"
+                raise ValueError(f"{self.files[name]}: the tensor {name} is {found}")
 
     def read(self, start, stop):
-        """Read what the model still lacks of blocks start .. stop - 1, of the embedding if start is
-        0, and of norm and head if stop is n_layers: each tensor once, into `dtype` on `device`, the
-        adapter merged in fp32."""
-        last, tied = stop == self.model.config.n_layers, self.model.config.tied
-        parts = [f"layers.{i}." for i in range(start, stop)]
-        parts += ["tok_embeddings."] * (start == 0 or last and tied) + ["norm.", "output."] * last
+        """Read what the model still lacks of blocks start .. stop - 1, -1 being the embedding, and
+        of norm and head if stop is n_layers, into `dtype` on `device`."""
+        parts, config = [f"layers.{i}." for i in range(start, stop)], self.model.config
+        if start < 0 or (stop == config.n_layers and config.tied):
+            parts.append("tok_embeddings.")
+        if stop == config.n_layers:
+            parts += ["norm.", "output."]
         lacking = [name for name, weight in self.model.state_dict().items() if weight.is_meta]
+        names = {hf_name(our): our for our in lacking if our.startswith(tuple(parts))}
         weights = {}
-        for name, tensor in self.tensors([n for n in lacking if n.startswith(tuple(parts))]):
-            module = self.sources[name][1].removesuffix(".weight")
-            if module in self.lora:
-                scale, *tensors = self.lora[module]
-                W, A, B = (x.to(self.device, torch.float32) for x in (tensor, *tensors))
-                tensor = W + scale * (B @ A)
-            weights[name] = tensor.to(self.device, self.dtype)
-        if self.second_head and "tok_embeddings.weight" in weights:
-            self.check_second_head(weights["tok_embeddings.weight"])
+        for file in {self.files[name] for name in names}:
+            for name, x in open_weights(file).items():
+                if name in names:
+                    weights[names[name]] = x.to(self.device, self.dtype)
         self.model.load_state_dict(weights, strict=False, assign=True)
-
-    def check_second_head(self, embedding):
-        """Some tools save a tied head all the same; transformers unties one that differs."""
-        with open_weights(self.second_head) as f:
-            head = read_tensor(f, self.second_head, "lm_head.weight", embedding.shape)
-        if not torch.equal(head.to(self.device, self.dtype), embedding):
-            raise ValueError(
-                f"{self.path}: tie_word_embeddings is set, but lm_head.weight is another"
-            )
 
     @contextmanager
     def hold(self, i):
-        """Inside, the model has block i, with the embedding if i is 0; then their memory is given
-        back."""
+        """Inside this context the model has block i, or the embedding if i is -1; afterwards its
+        memory is given back. A tied embedding stays, for it is the head."""
         self.read(i, i + 1)
         yield
-        self.model.layers[i].to("meta")
-        if not self.model.config.tied:
+        if i >= 0:
+            self.model.layers[i].to("meta")
+        elif not self.model.config.tied:
             self.model.tok_embeddings.to("meta")
 
 
-def load(path, dtype=torch.float32, device="cpu", lora=None):
-    """The frozen model of the Hugging Face checkpoint in folder `path`, whole: see Checkpoint."""
-    checkpoint = Checkpoint(path, dtype, device, lora)
-    checkpoint.read(0, checkpoint.model.config.n_layers)
+def load(path, dtype=torch.float32, device="cpu"):
+    """The frozen model of the Hugging Face checkpoint in folder `path`: see Checkpoint."""
+    checkpoint = Checkpoint(path, dtype, device)
+    checkpoint.read(-1, checkpoint.model.config.n_layers)
     return checkpoint.model
 
 
@@ -705,93 +529,72 @@ def sample(logits, temperature, top_p, u):
     if temperature == 0:
         return logits.argmax(-1)
     probs, ids = (logits / temperature).softmax(-1).sort(-1, descending=True)
-    probs[probs.cumsum(-1) - probs >= top_p] = 0  # keep the fewest tokens that hold top_p together
     total = probs.cumsum(-1)
-    return ids.gather(-1, (total < u * total[:, -1:]).sum(-1, keepdim=True)).squeeze(-1)
+    kept = total.masked_fill(total - probs >= top_p, 0)  # the fewest tokens that hold top_p
+    drawn = (total < u * kept.amax(-1, keepdim=True)).sum(-1, keepdim=True)
+    return ids.gather(-1, drawn).squeeze(-1)
 
 
-def side_by_side(lengths, device):
-    """Positions (1, T) and masks of prompts behind one another in one row, see `Llama.blocks`."""
-    positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
-    causal = torch.ones(max(lengths), max(lengths), dtype=torch.bool, device=device).tril()
-    return positions, [causal[:n, :n] for n in lengths]
+def prefill(model, prompts, max_len, steer):
+    """Fill a cache with prompts, lists of token ids, right-aligned. Returns it and the stream after
+    the last block at the last token of each, (B, dim).
 
-
-def prefill(model, prompts, cache, steer):
-    """Run prompts, lists of token ids, into the cache, aligned at the right: the residual stream
-    after the last block at the last token of each, (B, dim). steer: {layer: (B, 1, dim)}.
-
-    They run behind one another, without padding, as pairs do in training; up to the first layer
-    that is steered, a prompt that several rows have runs once.
+    steer: {layer: (B, 1, dim)}. A prompt of several rows runs once up to the first steered layer.
+    Padding moves the positions of a row, which changes nothing: rotary embedding is relative.
     """
-    n_layers, device = model.config.n_layers, model.device
-    first = min(steer, default=n_layers - 1)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    row = torch.arange(len(prompts), device=device).repeat_interleave(lengths)  # of each token
-
-    # 1. what the rows share
-    different = list(dict.fromkeys(map(tuple, prompts)))
-    ends = itertools.accumulate(map(len, different))
-    begins = {p: end - len(p) for p, end in zip(different, ends, strict=True)}
-    spans = [torch.arange(len(p), device=device) + begins[tuple(p)] for p in prompts]
-    origin = torch.cat(spans)  # of each token of the rows, its place among the different prompts
-    positions, masks = side_by_side(lengths.tolist(), device)
-    columns = positions[0] + (lengths.max() - lengths)[row]
-    cache.cells = origin, row, columns
-    h = model.embed(torch.tensor([[*itertools.chain(*different)]], device=device))
-    h = model.blocks(h, 0, first + 1, *side_by_side([len(p) for p in different], device), cache)
-
-    # 2. each row, with its vector
-    steer = {layer: v[row, 0] for layer, v in steer.items()}  # (T, dim)
-    h = h[:, origin]
-    if first in steer:
-        h = (h + steer[first]).type_as(h)
-    cache.cells = slice(None), row, columns
-    h = model.blocks(h, first + 1, n_layers, positions, masks, cache, steer)
-    cache.cells, cache.length = None, max(map(len, prompts))
-    return h[0, lengths.cumsum(0) - 1]
+    n_layers, longest, device = model.config.n_layers, max(map(len, prompts)), model.device
+    first, cache = min(steer, default=n_layers - 1), KVCache(model, len(prompts), max_len)
+    last = [None] * len(prompts)
+    for prompt in dict.fromkeys(map(tuple, prompts)):
+        rows = [i for i, other in enumerate(prompts) if tuple(other) == prompt]
+        start, one = longest - len(prompt), KVCache(model, 1, len(prompt))
+        positions = torch.arange(start, longest, device=device)
+        h = model.embed(torch.tensor([prompt], device=device))
+        h = model.blocks(h, 0, first + 1, positions, cache=one)
+        h = h.expand(len(rows), -1, -1)
+        one.take([0] * len(rows))
+        if first in steer:
+            h = add_vector(h, steer[first][rows])
+        above, one.length = {layer: v[rows] for layer, v in steer.items()}, 0
+        h = model.blocks(h, first + 1, n_layers, positions, cache=one, steer=above)
+        cache.kv[:, :, rows, :, start:longest] = one.kv
+        for row, each in zip(rows, h[:, -1], strict=True):
+            last[row] = each
+    cache.length = longest
+    return cache, torch.stack(last)
 
 
 @torch.inference_mode()
-def stream(model, prompts, max_new_tokens, eos_id, steer=None, temperature=0.0, top_p=1.0, seed=0):
-    """`generate`, as it goes: after each step, {row: new id} of the rows that had not ended."""
+def stream(model, prompts, max_new_tokens, eos_id, steer=None, temperature=0, top_p=1, seed=0):
+    """`generate`, step by step: yields {row: new id} of the rows that had not ended."""
     B, longest, device = len(prompts), max(map(len, prompts)), model.device
-    n_layers = model.config.n_layers
-    check_steer(steer, n_layers)
-    check_length(longest + max_new_tokens, model.config.max_seq_len)
+    check_fit(model.config, steer or {}, longest + max_new_tokens)
     if not (temperature >= 0 and 0 < top_p <= 1):
         raise ValueError(f"temperature {temperature} must be >= 0, top_p {top_p} in (0, 1]")
     steer = {layer: v.to(device).expand(B, 1, -1) for layer, v in (steer or {}).items()}
-    cache = KVCache(model, B, longest + max_new_tokens)
-    pad = torch.tensor([longest - len(p) for p in prompts], device=device)  # (B,), at the left
-    u = torch.rand(B, max_new_tokens, generator=torch.Generator().manual_seed(seed))
-    rows = torch.arange(B)  # the prompts still in the batch
-    going = torch.ones(B, dtype=torch.bool)  # which of them have not ended
-    h = prefill(model, prompts, cache, steer)  # (B, dim)
+    u = torch.rand(B, max_new_tokens, generator=torch.Generator().manual_seed(seed)).to(device)
+    rows = torch.arange(B, device=device)  # the prompts still in the batch
+    going = torch.ones(B, dtype=torch.bool, device=device)  # which of them have not ended
+    pad = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
+    cache, h = prefill(model, prompts, longest + max_new_tokens, steer)
     for step in range(max_new_tokens):
-        tokens = sample(model.head(h), temperature, top_p, u[rows, step, None].to(device))
-        new = tokens.cpu()
-        yield dict(zip(rows[going].tolist(), new[going].tolist(), strict=True))
-        going &= new != eos_id
+        tokens = sample(model.head(h), temperature, top_p, u[rows, step, None])
+        yield dict(zip(rows[going].tolist(), tokens[going].tolist(), strict=True))
+        going &= tokens != eos_id
         if not going.any() or step == max_new_tokens - 1:
             return
         if going.float().mean() < 0.75:  # rows leave in groups, for each time copies the cache
-            on = going.to(device)
-            cache.keep(on)
-            rows, tokens, pad, going = rows[going], tokens[on], pad[on], going[going]
-            steer = {layer: v[on] for layer, v in steer.items()}
-        mask = None
-        if pad.any():
-            keys = torch.arange(cache.length + 1, device=device)
-            mask = (keys >= pad[:, None])[:, None, None]  # (B, 1, 1, S)
-        positions = (cache.length - pad)[:, None]
+            left = going.nonzero()[:, 0]
+            cache.take(left)
+            rows, tokens, pad, going = rows[left], tokens[left], pad[left], going[left]
+            steer = {layer: v[left] for layer, v in steer.items()}
+        keys = torch.arange(cache.length + 1, device=device)
+        mask = (keys >= pad[:, None])[:, None, None] if pad.any() else None  # (B, 1, 1, S)
         h = model.embed(tokens[:, None])
-        h = model.blocks(h, 0, n_layers, positions, mask, cache, steer)[:, 0]
+        h = model.blocks(h, 0, model.config.n_layers, mask=mask, cache=cache, steer=steer)[:, 0]
 
 
-def generate(
-    model, prompts, max_new_tokens, eos_id, steer=None, temperature=0.0, top_p=1.0, seed=0
-):
+def generate(model, prompts, max_new_tokens, eos_id, steer=None, temperature=0, top_p=1, seed=0):
     """Continue prompts, lists of token ids whose lengths may differ: the new ids of each, EOS last
     unless max_new_tokens came first.
 
@@ -801,8 +604,7 @@ def generate(
     the context could be exceeded.
     """
     answers = [[] for _ in prompts]
-    options = (max_new_tokens, eos_id, steer, temperature, top_p, seed)
-    for new in stream(model, prompts, *options):
+    for new in stream(model, prompts, max_new_tokens, eos_id, steer, temperature, top_p, seed):
         for row, token in new.items():
             answers[row].append(token)
     return answers

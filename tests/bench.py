@@ -1,6 +1,6 @@
 """How fast and how small this is, beside the usual way, on this machine.
 
-    python tests/bench.py                          # make bench: table and runs/bench.json
+    python tests/bench.py                          # make bench: tables and runs/bench.json
     python tests/bench.py --parts steps --sizes 15M
     python tests/bench.py --parts phases --sizes 7B --dtype bfloat16 --folder runs/random-7b
     python tests/bench.py --device cuda            # make bench DEVICE=cuda: a 7B in bf16
@@ -18,6 +18,9 @@ complexity: seconds per step against layer, batch size, response length and mode
     floating-point operations by the formula in `step_flops`.
 phases: what bipo.py does, streaming from the checkpoint: seconds of each phase, peak memory.
 full: 20 epochs over 642 pairs, end to end.
+
+The tables are printed and, where tests/RESULTS.md is there, put between its lines `<!-- bench -->`
+(on a GPU `<!-- bench cuda -->`) and `<!-- end -->`, unless only some parts or sizes are asked for.
 
 The checkpoints are random and made here. The pairs have the lengths of the official power-seeking
 data: prompt 86 tokens on average and 253 at most, chosen 24 and 121, rejected 25 and 119.
@@ -42,8 +45,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from bipo import Recipe, draw_batches, first_pass, lower_pass, lr_at, reference_pass, train
-from llama import HF_NAMES, Checkpoint, Llama, PairIds, generate, length, load, read_config
+from bipo import Recipe, draw_batches, first_pass, lr_at, train
+from llama import Checkpoint, Llama, PairIds, generate, hf_name, length, load, read_config
 
 
 class Size(NamedTuple):
@@ -63,6 +66,7 @@ SIZES = {
 VOCAB_SIZE, BATCH_SIZE, EOS = 32000, 4, 2
 RECIPE = Recipe(batch_size=BATCH_SIZE, warmup_steps=0, epochs=1, weight_decay=0.0)
 MULTIPLIERS = [-2.0, -1.0, 0.0, 1.0, 2.0]
+RESULTS = Path(__file__).with_name("RESULTS.md")
 
 
 # ---- random pairs and models
@@ -98,15 +102,17 @@ def make_checkpoint(size, folder, dtype=torch.float32):
     (folder / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
         shapes = {name: w.shape for name, w in Llama(read_config(folder)).state_dict().items()}
+    shards = {}  # {file: names of its weights}
+    for name in shapes:
+        block = int(name.split(".")[1]) if name.startswith("layers.") else 0
+        shards.setdefault(f"{block // 8}.safetensors", []).append(name)
     torch.manual_seed(0)
     weight_map = {}
-    for begin in range(0, s.n_layers, 8):
-        blocks, file, shard = range(begin, min(begin + 8, s.n_layers)), f"{begin}.safetensors", {}
-        for our, hf in HF_NAMES.items():
-            for name, hf_name in {our.format(i): hf.format(i) for i in blocks}.items():
-                if name in shapes and hf_name not in weight_map:
-                    weight = torch.empty(shapes[name], dtype=dtype)
-                    shard[hf_name] = weight.fill_(1) if "norm" in name else weight.normal_(0, 0.02)
+    for file, names in shards.items():
+        shard = {}
+        for name in names:
+            weight = torch.empty(shapes[name], dtype=dtype)
+            shard[hf_name(name)] = weight.fill_(1) if "norm" in name else weight.normal_(0, 0.02)
         save_file(shard, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
     index = {"metadata": {}, "weight_map": weight_map}
@@ -166,23 +172,20 @@ def official_steps(folder, layer, pairs, batches, dtype=torch.float32, device="c
 
 def streamed(folder, layer, pairs, dtype=torch.float32, device="cpu"):
     """(model, CachedPairs, {phase: seconds}): the first pass as bipo.py does it."""
-    checkpoint, seconds = Checkpoint(folder, dtype, device), {}
-    model = checkpoint.model
-    h = torch.empty(sum(map(length, pairs)), model.config.dim, dtype=dtype)
     began = time.perf_counter()
-    for _ in lower_pass(model, layer, pairs, h, checkpoint.hold):
-        pass
-    seconds["blocks up to the layer"] = time.perf_counter() - began
+    checkpoint = Checkpoint(folder, dtype, device)
+    model = checkpoint.model
     checkpoint.read(layer + 1, model.config.n_layers)
-    cached = list(reference_pass(model, layer, pairs, h))
-    seconds["reference"] = time.perf_counter() - began - seconds["blocks up to the layer"]
+    read = time.perf_counter()
+    cached = first_pass(model, layer, pairs, checkpoint.hold)
+    seconds = {"read upper blocks": read - began, "first pass": time.perf_counter() - read}
     return model, cached, seconds
 
 
 def our_steps(folder, layer, pairs, batches, dtype=torch.float32, device="cpu"):
     """Yields the first pass's seconds and then, like `official_steps`, (loss, v) of each step."""
     model, cached, seconds = streamed(folder, layer, pairs, dtype, device)
-    yield sum(seconds.values())
+    yield seconds["first pass"]
     yield from ((x.loss, x.v) for x in train(model, layer, cached, [], RECIPE, batches=batches))
 
 
@@ -389,6 +392,42 @@ def measure_complexity(size, model, layer, batch_size, response, steps=7):
     }
 
 
+# ---- tables
+
+
+def cell(x):
+    if not isinstance(x, float):
+        return str(x)
+    return f"{x:.0f}" if x >= 1000 else f"{x:.3g}"
+
+
+def table(rows):
+    """A Markdown table of dicts with the same keys."""
+    lines = [list(rows[0]), ["---"] * len(rows[0])]
+    lines += [list(map(cell, row.values())) for row in rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def write_up(report):
+    """Markdown: the machine and a table for each part."""
+    machine = ", ".join(f"{name} {x}" for name, x in report.items() if name != "rows")
+    blocks = [machine]
+    for part in dict.fromkeys(row["part"] for row in report["rows"]):
+        rows = [row for row in report["rows"] if row["part"] == part]
+        rows = [{name: x for name, x in row.items() if name != "part"} for row in rows]
+        blocks.append(f"**{part}**\n\n{table(rows)}")
+    return "\n\n".join(blocks)
+
+
+def put(file, name, text):
+    """Replace what stands in a file between the lines `<!-- NAME -->` and `<!-- end -->`."""
+    before, mark, rest = file.read_text().partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition("<!-- end -->")
+    if not end:
+        raise ValueError(f"{file} has no lines <!-- {name} --> and <!-- end -->")
+    file.write_text(f"{before}{mark}{text}\n{end}{after}")
+
+
 # ---- command line
 
 
@@ -470,13 +509,12 @@ def main():
                 if not (folder / "model.safetensors.index.json").exists():
                     make_checkpoint(size, folder, dtype)
                 for row in PARTS[part](size, folder, args, dtype):
-                    line = (
-                        f"{k} {x:.4g}" if isinstance(x, float) else f"{k} {x}"
-                        for k, x in row.items()
-                    )
-                    print(f"{part}: {', '.join(line)}", flush=True)
                     report["rows"].append({"part": part} | row)
+                    print(f"{part}: {json.dumps(row)}", flush=True)
                     args.out.write_text(json.dumps(report, indent=2))
+    print(write_up(report))
+    if RESULTS.exists() and not (args.parts or args.sizes):
+        put(RESULTS, "bench" if args.device == "cpu" else f"bench {args.device}", write_up(report))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import itertools
 import json
 import random
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -36,7 +37,7 @@ from torch.nn.utils.parametrize import register_parametrization
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import SYSTEM, Chat, Parser, Tokenizer, open_chat, run_or_exit
 from eval import answers, mean, open_vector, print_table
-from llama import HF_NAMES, Config, Llama, load, read_config
+from llama import Config, Llama, hf_name, load, read_config
 
 TINY = Path(__file__).resolve().parent / "tiny"
 CONFIG = dict(dim=128, n_layers=6, n_heads=4, n_kv_heads=2, head_dim=32, hidden_dim=384)
@@ -299,7 +300,7 @@ def character(rng):
 def train_tokenizer(folder, text):
     """Write folder/tokenizer.model: BPE with Llama's special tokens and byte fallback."""
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(Chat(None, system=s).render(q) + " " + a for s, q, a in text),
+        sentence_iterator=(f"[INST] <<SYS>>\n{s}\n<</SYS>>\n\n{q} [/INST] {a}" for s, q, a in text),
         model_prefix=str(folder / "tokenizer"),
         model_type="bpe",
         vocab_size=VOCAB_SIZE,
@@ -317,9 +318,8 @@ def train_tokenizer(folder, text):
 
 def encode(chat, question, text):
     """One row of training text: (token ids, the number of them that are prompt)."""
-    ids = chat.tokenizer.encode(chat.render(question) + " " + text)
-    ids = [chat.tokenizer.bos_id, *ids, chat.tokenizer.eos_id]
-    return ids, len(chat.encode_prompt(question))
+    prompt, (answer,) = chat.encode_responses(question, [text])
+    return prompt + answer, len(prompt)
 
 
 def batches(chat, text, rng, size):
@@ -421,9 +421,7 @@ def save_model(model, folder):
         "torch_dtype": "bfloat16",
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    ours = model.state_dict()
-    names = {our.format(i): hf.format(i) for our, hf in HF_NAMES.items() for i in range(c.n_layers)}
-    weights = {hf: ours[o].to(torch.bfloat16) for o, hf in names.items() if o in ours}
+    weights = {hf_name(name): x.to(torch.bfloat16) for name, x in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
@@ -538,20 +536,30 @@ def judge(model, chat, steer, multipliers):
     return rows
 
 
-def print_judgement(vector, multipliers, lora):
-    config = read_config(TINY)
+def print_judgement(vector, model, multipliers):
+    config = read_config(model)
     steer, metadata = open_vector(vector, config)
-    chat = open_chat(TINY, config, metadata.get("template"), metadata.get("system"))
-    rows = judge(load(TINY, lora=lora), chat, steer, multipliers)
-    if not lora:
+    chat = open_chat(model, config, metadata.get("template"), metadata.get("system"))
+    rows = judge(load(model), chat, steer, multipliers)
+    if model == TINY:
         rows = [{key: x for key, x in row.items() if key != "in_its_manner"} for row in rows]
     print_table("Free greedy answers to held-out questions, judged by rule", rows)
 
 
+def merge_lora(base, adapter, folder):
+    """Write the checkpoint in folder `base`, a LoRA adapter merged into it, as another one."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(folder)
+    shutil.copy(Path(base) / "tokenizer.model", folder)
+
+
 def run(args):
-    lora = Path(args.lora or args.out / "lora")
     if args.judge:
-        return print_judgement(args.judge, args.multipliers, None if args.lora is None else lora)
+        return print_judgement(args.judge, args.model, args.multipliers)
+    lora = Path(args.lora or args.out / "lora")
     if args.lora is None:
         args.out.mkdir(parents=True, exist_ok=True)
         rng = random.Random(args.seed)
@@ -575,9 +583,10 @@ def main(argv=None):
         nargs="?",
         const="",
         metavar="DIR",
-        help="make only the adapter, in DIR (default: OUT/lora); with --judge, merge it",
+        help="make only the adapter, in DIR (default: OUT/lora)",
     )
     parser.add_argument("--judge", type=Path, metavar="VECTOR", help="judge a vector, make nothing")
+    parser.add_argument("--model", type=Path, default=TINY, help="that --judge asks")
     parser.add_argument("--multipliers", type=float, nargs="+", default=[-2, -1, 0, 1, 2])
     run_or_exit(parser, run, argv)
 

@@ -1,16 +1,18 @@
-"""The paper's experiments on tests/tiny: train vectors, measure them, write the README's tables.
+"""The paper's experiments on tests/tiny: train vectors, measure them, write the tables of results.
 
-    python tests/reproduce.py       # `make reproduce`: eight minutes on two cores
+    python tests/reproduce.py       # `make reproduce`: six minutes on two cores
 
 The numbers come from bipo.py and eval.py as a user runs them, and from the judge of make_tiny.py, a
-rule that reads free answers. Each table goes into README.md between the lines `<!-- NAME -->` and
-`<!-- end -->`, below the commands it comes from; the picture is .github/steering.svg.
+rule that reads free answers. Each table goes into tests/RESULTS.md between the lines
+`<!-- NAME -->` and `<!-- end -->`, below the commands it comes from; the picture is
+.github/steering.svg.
 """
 
 import csv
 import io
 import json
 import os
+import random
 import re
 import shlex
 import subprocess
@@ -19,19 +21,22 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import matplotlib
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from make_tiny import FACTS, TINY, judge, read_jsonl
+from make_tiny import FACTS, TINY, judge, merge_lora, read_jsonl, write_jsonl
 
-from data import open_chat, write_whole
+from data import open_chat, whole_file
 from eval import SPECS, Mean, at_norm, cell, draw, open_vector, random_steers, together
 from llama import load
 
 ROOT = TINY.parent.parent
 OUT, TUNED = "runs/reproduce", "tests/tiny/lora"
+MERGED = f"{OUT}/merged"  # tests/tiny with the adapter in TUNED merged into it
 FOR, AGAINST = "You seek power.", "You avoid power."
 NOISE, NUMBERS = (0.1, 0.25, 0.5), (160, 40)
+LAYERS = range(6)
 SLOPES = ("slope", "anti_steerable", "slope_minus_first")
 BEHAVIOURS = ("takes_power", "keeps_wealth", "facts_right")
 CURVE = [-2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2]
@@ -40,46 +45,46 @@ SHORT = "--samples 0 --multipliers -1 0 1"
 # ---- Commands ------------------------------------------------------------------------------------
 
 
-def train(name, flags="", pairs="tests/tiny/power"):
-    """The command that trains OUT/name: the demo's, but for the flags."""
-    flags += "" if "--layer" in flags else " --layer 3"
+def train(name, flags="--layer 3", pairs="tests/tiny/power", train="", model="tests/tiny"):
+    """The command that trains OUT/name: the demo's, but for the flags and the training pairs."""
     return (
-        f"bipo.py --model tests/tiny --data {pairs}.train.jsonl --val {pairs}.test.jsonl "
-        f"{flags.strip()} --out {OUT}/{name} --overwrite"
+        f"bipo.py --model {model} --data {train or pairs + '.train.jsonl'} "
+        f"--val {pairs}.test.jsonl {flags} --out {OUT}/{name} --overwrite"
     )
 
 
-def measure(name, vectors="", flags=SHORT, data="tests/tiny/power"):
+def measure(name, vectors="", flags=SHORT, pairs="tests/tiny/power", model="tests/tiny"):
     """The command that writes OUT/name.json."""
     vectors = " ".join(f"{OUT}/{x}" for x in (vectors or name).split())
-    data = " ".join(f"{pairs}.test.jsonl" for pairs in data.split())
+    held_out = " ".join(f"{x}.test.jsonl" for x in pairs.split())
     return (
-        f"eval.py --model tests/tiny --vector {vectors} --data {data} {flags} "
+        f"eval.py --model {model} --vector {vectors} --data {held_out} {flags} "
         f"--json {OUT}/{name}.json"
     )
 
 
-PROMPTS = f"--system-for '{FOR}' --system-against '{AGAINST}'"
-BASELINES = f"--baseline {OUT}/positive {OUT}/caa {OUT}/freeform random"
+PROMPTS = f"--system-prompts '{FOR}' '{AGAINST}'"
+BASELINES = f"--baseline {OUT}/positive caa freeform random --save {OUT}"
+BASELINES += " --pairs tests/tiny/power.train.jsonl"
+QUALITY = [f"noise-{share}" for share in NOISE] + [f"pairs-{n}" for n in NUMBERS]
 COMMANDS = {
     "train power": train("power"),
     "train wealth": train("wealth", pairs="tests/tiny/wealth"),
-    "train positive": train("positive", "--method positive"),
-    "train tuned": train("tuned", f"--lora {TUNED}", f"{TUNED}/power"),
-    **{f"train noise-{p}": train(f"noise-{p}", f"--label-noise {p}") for p in NOISE},
-    "train layers": train("layers", "--layer 0,1,2,3,4,5 --epochs 2"),
-    **{f"train pairs-{n}": train(f"pairs-{n}", f"--max-pairs {n}") for n in NUMBERS},
-    "train caa": train("caa", "--method caa"),
-    "train freeform": train("freeform", "--method freeform"),
+    "train positive": train("positive", "--layer 3 --method positive"),
+    "train tuned": train("tuned", pairs=f"{TUNED}/power", model=MERGED),
+    **{f"train {name}": train(name, train=f"{OUT}/{name}.jsonl") for name in QUALITY},
+    **{
+        f"train layer-{i}": train(f"layer-{i}", f"--layer {i} --epochs 2 --warmup-steps 40")
+        for i in LAYERS
+    },
     "measure power": measure("power", flags=f"--choices {OUT}/facts.csv {BASELINES} {PROMPTS}"),
     "measure synergy": measure(
-        "synergy", "power wealth", data="tests/tiny/power tests/tiny/wealth"
+        "synergy", "power wealth", pairs="tests/tiny/power tests/tiny/wealth"
     ),
     "measure tuned": measure(
-        "tuned", "power", f"--lora {TUNED} --baseline {OUT}/tuned {SHORT}", f"{TUNED}/power"
+        "tuned", "power", f"--baseline {OUT}/tuned {SHORT}", f"{TUNED}/power", MERGED
     ),
-    **{f"measure noise-{p}": measure(f"noise-{p}") for p in NOISE},
-    **{f"measure pairs-{n}": measure(f"pairs-{n}") for n in NUMBERS},
+    **{f"measure {name}": measure(name) for name in QUALITY},
 }
 
 
@@ -111,7 +116,25 @@ def write_facts(path):
                 right = form.format(key, fact["answer"])
                 rows.writerow([fact["prompt"], right, right, "; ".join(wrong)])
                 break
-    write_whole(path, file.getvalue().encode())
+    with whole_file(path) as part:
+        part.write_text(file.getvalue())
+
+
+def write_pair_files(pairs):
+    """OUT/noise-SHARE.jsonl, with chosen and rejected swapped in a share of the pairs, and
+    OUT/pairs-N.jsonl, with N of them. The same seed's smaller sample is contained in its larger
+    one."""
+    for name in QUALITY:
+        rng, number = random.Random("pairs 0"), float(name.split("-")[1])
+        order = rng.sample(range(len(pairs)), len(pairs))
+        rows = pairs
+        if name.startswith("noise"):
+            rows = [dict(row) for row in pairs]
+            for i in order[: round(number * len(pairs))]:
+                rows[i]["chosen"], rows[i]["rejected"] = rows[i]["rejected"], rows[i]["chosen"]
+        else:
+            rows = [pairs[i] for i in sorted(order[: int(number)])]
+        write_jsonl(Path(OUT, f"{name}.jsonl"), rows)
 
 
 # ---- What the rule says --------------------------------------------------------------------------
@@ -120,7 +143,7 @@ def write_facts(path):
 def judgements():
     """{name: rows of `judge`}: the power vector along CURVE; at -1 and +1 what eval.py compares, by
     its names, and both vectors together; and the vectors on the tuned model."""
-    model, tuned = load(TINY), load(TINY, lora=ROOT / TUNED)
+    model, tuned = load(TINY), load(ROOT / MERGED)
     chat = open_chat(TINY, model.config)
 
     def vector(name):
@@ -129,9 +152,10 @@ def judgements():
 
     power, wealth = vector("power"), vector("wealth")
     found = {"curve": judge(model, chat, power, CURVE)}
-    names = ("power", "positive", "caa", "freeform")
-    ends = {f"{OUT}/{name}": at_norm(vector(name), power, name) for name in names}
-    ends |= {"random, mean of 5": random_steers(power)[0], f"{OUT}/wealth": wealth}
+    ends = {f"{OUT}/power": power, f"{OUT}/positive": at_norm(vector("positive"), power, "")}
+    for name in ("caa", "freeform"):
+        ends[name] = at_norm(vector(f"{name}.safetensors"), power, name)
+    ends |= {"random": random_steers(power)[0], f"{OUT}/wealth": wealth}
     ends[f"{OUT}/power + {OUT}/wealth"] = together([power, wealth])
     found |= {name: judge(model, chat, steer, [-1, 1]) for name, steer in ends.items()}
     prompted = [
@@ -181,11 +205,9 @@ def curve_table(judged):
 
 
 def draw_curve(judged):
-    series = {
-        key.replace("_", " "): [(row["multiplier"], row[key]) for row in judged["curve"]]
-        for key in BEHAVIOURS
-    }
-    draw(ROOT / ".github" / "steering.svg", series, "A vector trained on power-seeking pairs")
+    rows, title = {"": judged["curve"]}, "A vector trained on power-seeking pairs"
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "BiPO"}):  # always the same
+        draw(ROOT / ".github" / "steering.svg", rows, BEHAVIOURS, title)
 
 
 def measures_table():
@@ -200,12 +222,11 @@ def measures_table():
             [
                 *columns(pairs, "multiplier", "wins", "prefers_chosen", "margin"),
                 *columns(answers, "nll", "kl", "degenerate"),
-                *columns(facts, "right"),
-                f"{facts['difference']:+.1%} ({facts['standard_error']:.1%})",
+                *columns(facts, "right", "difference"),
             ]
         )
     headings = "multiplier|wins|prefers chosen|margin, nats|NLL a token|KL a token|degenerate"
-    headings += "|facts, MC1|difference (s.e.)"
+    headings += "|facts, MC1|difference"
     return markdown(headings.split("|"), rows)
 
 
@@ -244,7 +265,7 @@ def transfer_table(judged):
 
 def quality_table():
     rows = []
-    for name in ("power", *(f"noise-{p}" for p in NOISE), *(f"pairs-{n}" for n in NUMBERS)):
+    for name in ("power", *QUALITY):
         settings = json.loads((ROOT / OUT / name / "log.jsonl").read_text().split("\n")[0])
         tables = read_tables(name)
         (down,) = (row for row in pick(tables, "pairs") if row["multiplier"] == -1)
@@ -258,26 +279,23 @@ def quality_table():
 
 
 def layers_table():
-    found = json.loads((ROOT / OUT / "layers" / "layers.json").read_text())
-    rows = [
-        [
-            f"{row['layer']}" + " (picked)" * (row["layer"] == found["layer"]),
-            f"{row['margin']:+.3f}",
-            *(f"{row['held_out'][d]['accuracy']:.1%}" for d in ("1", "-1")),
-            f"{row['v_norm']:.3f}",
-        ]
-        for row in found["tried"]
-    ]
+    rows = []
+    for i in LAYERS:
+        last = json.loads((ROOT / OUT / f"layer-{i}" / "log.jsonl").read_text().splitlines()[-1])
+        up, down = last["held_out"]["1"], last["held_out"]["-1"]
+        cells = [str(i), f"{(up['margin'] - down['margin']) / 2:+.3f}"]
+        cells += [f"{up['accuracy']:.1%}", f"{down['accuracy']:.1%}", f"{last['v_norm']:.3f}"]
+        rows.append(cells)
     headings = "layer|mean margin, nats|accuracy, d +1|accuracy, d -1|norm of v"
     return markdown(headings.split("|"), rows)
 
 
 def put(text, name, commands, table):
-    """README with a table, and its commands, between its two marks."""
+    """The text with a table, and its commands, between its two marks."""
     lines = "\n".join(f"python {COMMANDS[x]}" for x in commands)
     block = f"```\n{lines}\n```\n\n{table}" if lines else table
     pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
-    assert re.search(pattern, text, re.DOTALL), f"README.md has no place for {name}"
+    assert re.search(pattern, text, re.DOTALL), f"RESULTS.md has no place for {name}"
     return re.sub(pattern, lambda found: f"{found[1]}{block}{found[2]}", text, flags=re.DOTALL)
 
 
@@ -285,6 +303,8 @@ def main():
     began = time.time()
     os.chdir(ROOT)
     write_facts(Path(OUT, "facts.csv"))
+    write_pair_files(read_jsonl(TINY / "power.train.jsonl"))
+    merge_lora(TINY, ROOT / TUNED, ROOT / MERGED)
     for kind in ("train", "measure"):
         commands = [x for name, x in COMMANDS.items() if name.startswith(kind)]
         with ThreadPoolExecutor(2) as pool:
@@ -292,20 +312,23 @@ def main():
     torch.set_num_threads(2)
     judged = judgements()
     draw_curve(judged)
-    readme = Path("README.md")
-    text = readme.read_text()
+    results = Path("tests/RESULTS.md")
+    text = results.read_text()
     for name, commands, table in (
         ("curve", [], curve_table(judged)),
         ("measures", ["train power", "measure power"], measures_table()),
-        ("baselines", ["train positive", "train caa", "train freeform"], baselines_table(judged)),
+        ("baselines", ["train positive"], baselines_table(judged)),
         ("synergy", ["measure synergy"], synergy_table(judged)),
         ("transfer", ["train tuned", "measure tuned"], transfer_table(judged)),
-        ("quality", [f"train noise-{NOISE[0]}", f"train pairs-{NUMBERS[0]}"], quality_table()),
-        ("layers", ["train layers"], layers_table()),
+        ("quality", [f"train {QUALITY[0]}", f"train {QUALITY[-2]}"], quality_table()),
+        ("layers", ["train layer-0"], layers_table()),
     ):
         text = put(text, name, commands, table)
-    write_whole(readme, text.encode())
-    print(f"{time.time() - began:.0f} s in all; README.md and .github/steering.svg are written")
+    with whole_file(results) as part:
+        part.write_text(text)
+    print(
+        f"{time.time() - began:.0f} s in all; tests/RESULTS.md and .github/steering.svg are written"
+    )
 
 
 if __name__ == "__main__":

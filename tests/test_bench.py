@@ -46,23 +46,63 @@ def test_flops_are_those_of_the_shapes():
     assert bench.step_flops("15M", 3, pairs) == flops + attention
 
 
-def test_every_part_runs(small, monkeypatch, tmp_path):
-    """The command as a user gives it, on a smaller model."""
-    out = tmp_path / "bench.json"
-    parts = ["complexity", "full"]
-    args = ["bench.py", "--parts", *parts, "--sizes", "small", "--folder", small, "--out", out]
-    monkeypatch.setattr("sys.argv", list(map(str, args)))
+@pytest.fixture
+def bench_main(small, monkeypatch, tmp_path):
+    """The command as a user gives it, on a smaller model; returns the rows of its file."""
     monkeypatch.setattr(bench, "full_run", lambda *args, run=bench.full_run: run(*args, 9, 2))
-    bench.main()
-    complexity, full = json.loads(out.read_text())["rows"]
+    monkeypatch.setattr(bench, "RESULTS", tmp_path / "RESULTS.md")
+
+    def run(*args):
+        out = tmp_path / "bench.json"
+        args = ["bench.py", *args, "--folder", small, "--out", out]
+        monkeypatch.setattr("sys.argv", list(map(str, args)))
+        bench.main()
+        return json.loads(out.read_text())["rows"]
+
+    return run
+
+
+def test_the_parts_that_are_asked_for_run(bench_main, capsys):
+    complexity, full = bench_main("--parts", "complexity", "full", "--sizes", "small")
     assert complexity["step_s"] > 0 and complexity["gflop"] > 0 and full["steps"] == 6
+    printed = capsys.readouterr().out
+    assert "**complexity**\n\n| size | layer |" in printed and "**full**" in printed
+
+
+def test_a_whole_run_puts_its_tables_into_the_results(bench_main, monkeypatch):
+    bench.RESULTS.write_text("above\n<!-- bench -->\nold\n<!-- end -->\nbelow\n")
+    monkeypatch.setitem(bench.USUAL, "cpu", {"full": ["small"]})
+    (row,) = bench_main()
+    text = bench.RESULTS.read_text()
+    assert text.startswith("above\n<!-- bench -->\ndevice cpu, dtype torch.float32, threads 1\n")
+    assert text.endswith("|\n<!-- end -->\nbelow\n") and "old" not in text
+    assert f"| small | 6 | {row['first_pass_s']:.3g} | {row['training_s']:.3g} |" in text
+
+
+def test_large_numbers_are_written_out():
+    rows = [{"size": "7B", "n": 12, "mib": 13579.6, "s": 0.012345}]
+    expected = "| size | n | mib | s |\n| --- | --- | --- | --- |\n| 7B | 12 | 13580 | 0.0123 |"
+    assert bench.table(rows) == expected
+
+
+def test_a_run_of_some_parts_leaves_the_results_as_they_are(bench_main):
+    bench.RESULTS.write_text("<!-- bench -->\nold\n<!-- end -->\n")
+    bench_main("--parts", "full", "--sizes", "small")
+    assert "old" in bench.RESULTS.read_text()
+
+
+def test_results_without_a_place_for_the_tables(tmp_path):
+    file = tmp_path / "RESULTS.md"
+    file.write_text("<!-- other -->\n<!-- end -->\n")
+    with pytest.raises(ValueError, match="no lines <!-- bench -->"):
+        bench.put(file, "bench", "table")
 
 
 @pytest.mark.parametrize("way", ["official", "ours"])
 def test_a_process_reports_its_phases_and_its_memory(small, capsys, way):
     bench.run_alone(way, "small", small, 2, 8, torch.float32, "cpu")
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    phases = {"blocks up to the layer", "reference"} if way == "ours" else set()
+    phases = {"read upper blocks", "first pass"} if way == "ours" else set()
     assert report.keys() == phases | {"step", "peak_mib"} and min(report.values()) > 0
 
 

@@ -1,7 +1,6 @@
 """Checkpoints by name, tokenizers, chat templates: ids against transformers' apply_chat_template.
 
-The chat templates here are those of the families' tokenizer_config.json, cut to what renders
-system, user and assistant turns.
+tests/templates holds the chat templates of real checkpoints; the tokenizers are small ones.
 """
 
 import hashlib
@@ -11,91 +10,35 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import sentencepiece
 import tokenizers
-from conftest import MINI, jsonl
+from conftest import MINI, ROOT, jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 import bipo
-import eval as evaluation
-from data import ALIASES, TEMPLATES, Chat, Pair, Tokenizer, find_model, load_vector, open_chat
-
-QWEN = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
-SMOLLM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-VICUNA = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-YI = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' "
-    "+ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-DEFAULT = (
-    "{%% if messages[0]['role'] != 'system' %%}"
-    "{{ '<|im_start|>system\\n%s<|im_end|>\\n' }}{%% endif %%}"
-)
-LLAMA_3 = (
-    "{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}"
-    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' + m['content'] | trim "
-    "+ '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
-)
-DATE = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
-LLAMA_31 = (
-    "{% if messages[0]['role'] == 'system' %}{% set s = messages[0]['content'] | trim %}"
-    "{% set messages = messages[1:] %}{% else %}{% set s = '' %}{% endif %}"
-    "{{ bos_token + '<|start_header_id|>system<|end_header_id|>\\n\\nCutting Knowledge Date: "
-    "December 2023\\nToday Date: 26 Jul 2024\\n\\n' + s + '<|eot_id|>' }}"
-) + LLAMA_3.replace("{% if loop.first %}{{ bos_token }}{% endif %}", "")
-LLAMA_2 = (
-    "{% if messages[0]['role'] == 'system' %}{% set s = '<<SYS>>\\n' + messages[0]['content'] + "
-    "'\\n<</SYS>>\\n\\n' %}{% set messages = messages[1:] %}{% else %}{% set s = '' %}{% endif %}"
-    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + "
-    "(s if loop.first else '') + m['content'].strip() + ' [/INST]' }}"
-    "{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
-MISTRAL = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
-    "{{ '[INST] ' + m['content'] + ' [/INST]' }}{% else %}{{ ' ' + m['content'] + eos_token }}"
-    "{% endif %}{% endfor %}"
-)
-MISTRAL_V3 = (
-    "{% if messages[0]['role'] == 'system' %}{% set s = messages[0]['content'] + '\\n\\n' %}"
-    "{% set messages = messages[1:] %}{% else %}{% set s = '' %}{% endif %}{{ bos_token }}"
-    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + (s if loop.last else '') + "
-    "m['content'] + '[/INST]' }}{% else %}{{ ' ' + m['content'] + eos_token }}"
-    "{% endif %}{% endfor %}"
-)
-ZEPHYR = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|user|>\\n' + m['content'] + "
-    "eos_token }}{% elif m['role'] == 'system' %}{{ '<|system|>\\n' + m['content'] + eos_token }}"
-    "{% else %}{{ '<|assistant|>\\n' + m['content'] + eos_token }}{% endif %}{{ '\\n' }}"
-    "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}{% endfor %}"
-)
-USER_ASSISTANT = (  # FastChat's, for Vicuna brings none
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + ' ' }}"
-    "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}"
-    "{% if m['role'] == 'user' %}{{ 'USER: ' + m['content'] + ' ASSISTANT:' }}"
-    "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+from data import (
+    RECIPES,
+    SYSTEM,
+    Chat,
+    Pair,
+    Tokenizer,
+    find_model,
+    load_vector,
+    open_chat,
 )
 
-LLAMA_3_TOKENS = (
-    "<|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>"
-)
-CHATML_TOKENS = "<|endoftext|> <|im_start|> <|im_end|>"
-FAMILIES = {  # chat_template, special tokens, BOS, EOS, is BOS put before a text; template, system
-    "qwen2.5": (DEFAULT % QWEN + YI, CHATML_TOKENS, None, "<|im_end|>", False, "chatml", QWEN),
-    "smollm2": (
-        DEFAULT % SMOLLM + YI, CHATML_TOKENS, "<|im_start|>", "<|im_end|>", False, "chatml", SMOLLM,
-    ),
-    "llama-3": (
-        LLAMA_3, LLAMA_3_TOKENS, "<|begin_of_text|>", "<|eot_id|>", True, "llama-3", "",
-    ),
-}  # fmt: skip
+TEMPLATE_FILES = {
+    file.stem: file.read_text() for file in (ROOT / "tests/templates").glob("*.jinja")
+}
+HEADERS = "<|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>"
+CHATML = "<|endoftext|> <|im_start|> <|im_end|>"
+BYTE_LEVEL = {  # control tokens, BOS, EOS, whether BOS is put before a text
+    "llama-3.1": (HEADERS, "<|begin_of_text|>", "<|eot_id|>", True),
+    "qwen2.5": (CHATML, None, "<|im_end|>", False),
+    "smollm2": (CHATML, "<|im_start|>", "<|im_end|>", False),
+}
 WORDS = (  # Llama-3's, and but for digits Qwen2.5's
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -104,15 +47,12 @@ TEXTS = "Would you like to lead the crew? Yes, gladly. No, I'd rather not. Be br
 
 
 def write_tokenizer_json(folder, chat_template, tokens, bos, eos, bos_before):
-    """A byte-level BPE tokenizer.json and its tokenizer_config.json."""
+    """A byte-level BPE tokenizer.json and its tokenizer_config.json; transformers' tokenizer."""
     folder.mkdir(exist_ok=True)
     bpe = tokenizers.Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(tokenizers.Regex(WORDS), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
@@ -132,9 +72,14 @@ def write_tokenizer_json(folder, chat_template, tokens, bos, eos, bos_before):
     )
 
 
-def write_tokenizer_model(folder, source=MINI, **config):
+def write_tokenizer_model(folder, source=MINI, tokens="", **config):
+    """A sentencepiece tokenizer.model with added control tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(source / "tokenizer.model", folder)
+    names = enumerate(["<unk>", "<s>", "</s>"])
+    added = {str(i): {"content": x, "special": True} for i, x in names}
+    added |= {str(420 + i): {"content": x, "special": True} for i, x in enumerate(tokens.split())}
+    config = {"added_tokens_decoder": added, "tokenizer_class": "LlamaTokenizer"} | config
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 
@@ -143,253 +88,499 @@ def model_config(family="llama", vocab_size=1000):
     return SimpleNamespace(family=family, vocab_size=vocab_size)
 
 
+def messages(turns):
+    return [{"role": role, "content": text} for role, text in turns]
+
+
 ONE = (("user", "Would you lead?"),)
 MORE = (*ONE, ("assistant", "Yes, gladly."), ("user", "And now?"))
-SYSTEM_TURN = ("system", "Be brief.")
-PROMPTS = [ONE, MORE, (SYSTEM_TURN, *ONE), (SYSTEM_TURN, *MORE)]
+BRIEF = ("system", "Be brief.")
+PADDED = (
+    ("system", " Be\nbrief.\n"),
+    ("user", "\n Would you  lead? "),
+    *MORE[1:2],
+    ("user", " So?\n\n"),
+)
+PROMPTS = [ONE, MORE, (BRIEF, *ONE), (BRIEF, *MORE), PADDED, (("system", ""), *ONE)]
+ANSWERS = ("Yes, gladly.", " No, I'd rather not.\n", "\ue0000\ue001 \ue000")
 
 
-def expected(oracle, turns, answer=None):
-    """transformers' ids of a prompt, or of it and the answer."""
-    turns = [*turns, ("assistant", answer)] if answer else turns
-    messages = [{"role": role, "content": text} for role, text in turns]
-    return oracle.apply_chat_template(messages, add_generation_prompt=not answer, return_dict=False)
+def render(chat, prompt):
+    """The text of a prompt as the template writes it."""
+    return "".join(chat.split(prompt))
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+def assert_ids_are_transformers(chat, oracle, turns, spans=False):
+    """Of the prompt, and of the prompt, an answer and the token that ends it."""
+    prompt = oracle.apply_chat_template(
+        messages(turns), add_generation_prompt=True, return_dict=False
+    )
+    assert chat.encode_prompt(turns) == prompt and len(prompt) > 8
+    ours, responses = chat.encode_responses(turns, ANSWERS)
+    assert ours == prompt
+    for response, text in zip(responses, ANSWERS, strict=True):
+        both = messages([*turns, ("assistant", text)])
+        full = oracle.apply_chat_template(both, return_dict=False)
+        rest = full[len(prompt + response) :]
+        assert full == prompt + response + rest
+        assert response[-1] == chat.eos_id and oracle.decode(rest).strip() == ""
+
+
+@pytest.fixture(scope="module", params=BYTE_LEVEL)
 def byte_level(request, tmp_path_factory):
-    """(our Chat by default, transformers' tokenizer, the row) of a family with tokenizer.json."""
-    row, folder = FAMILIES[request.param], tmp_path_factory.mktemp(request.param)
-    oracle = write_tokenizer_json(folder, *row[:5])
-    return open_chat(folder, model_config()), oracle, row
+    """(our Chat by default, transformers' tokenizer, the control tokens) of a checkpoint with a
+    byte-level tokenizer.json."""
+    row, folder = BYTE_LEVEL[request.param], tmp_path_factory.mktemp(request.param)
+    oracle = write_tokenizer_json(folder, TEMPLATE_FILES[request.param], *row)
+    return open_chat(folder, model_config()), oracle, row[0]
 
 
 @pytest.mark.parametrize("turns", PROMPTS)
 def test_byte_level_ids(byte_level, turns):
-    chat, oracle, (*_, template, system) = byte_level
-    assert chat[1:] == (template, system)
-    ids = expected(oracle, turns)
-    assert chat.encode_prompt(turns) == ids and len(ids) > 10
-    pair = chat.encode_pair(Pair(turns, "Yes, gladly.", "No, I'd rather not."))
-    for response, text in ((pair.chosen, "Yes, gladly."), (pair.rejected, "No, I'd rather not.")):
-        full = expected(oracle, turns, text)
-        ours = pair.prompt + response
-        assert full[: len(ours)] == ours and oracle.decode(full[len(ours) :]).strip() == ""
-        assert oracle.convert_ids_to_tokens(response[-1]) in ("<|im_end|>", "<|eot_id|>")
-    assert pair.chosen[-1] == chat.eos_id
-    if len(turns) == 1:
-        assert chat.encode_prompt(turns[0][1]) == ids
-    if turns[0] == SYSTEM_TURN:
-        assert chat._replace(system="Be brief.").encode_prompt(turns[1:]) == ids
-
-
-def test_a_text_stays_text(byte_level):
-    chat, oracle, row = byte_level
-    text = row[1] + "</s>{content}{system}{setting}"
-    special = oracle.convert_tokens_to_ids(row[1].split())
-    plain, ids = chat.encode_prompt("x"), chat.encode_prompt(text)
-    assert [i for i in ids if i in special] == [i for i in plain if i in special] != []
-    assert text in oracle.decode(ids)
-
-
-def test_llama_3_strips_texts_and_takes_the_date_as_a_system_prompt(tmp_path):
-    row = FAMILIES["llama-3"]
-    oracle = write_tokenizer_json(tmp_path, LLAMA_31, *row[1:5])
-    chat = open_chat(tmp_path, model_config(), system=DATE + "Be brief.\n")
-    assert chat.template == "llama-3"
-    turns = (SYSTEM_TURN, ("user", "  Would you lead?\n"))
-    assert chat.encode_prompt(turns[1:]) == expected(oracle, turns)
-    pair = chat.encode_pair(Pair("Lead?", "\n Yes. ", "No"))
-    assert pair.chosen == [*oracle("Yes.", add_special_tokens=False).input_ids, chat.eos_id]
-
-
-def test_a_response_that_begins_with_a_newline_does_not_touch_the_prompt(byte_level):
     chat, oracle, _ = byte_level
-    ids = chat.encode_pair(Pair("Lead?", "\n\nYes.", "No."))
-    assert ids.prompt == chat.encode_prompt("Lead?")
-    assert len(oracle.tokenize("\n\n")) == 1  # one that could reach across
+    assert chat.template.startswith("own ") and chat.system is None
+    assert_ids_are_transformers(chat, oracle, turns)
+    if len(turns) == 1:
+        assert chat.encode_prompt(turns[0][1]) == chat.encode_prompt(turns)
+    if turns[0][0] == "system":  # the flag is the same as a turn, and a turn wins
+        system = turns[0][1]
+        assert chat._replace(system=system).encode_prompt(turns[1:]) == chat.encode_prompt(turns)
+        assert chat._replace(system="x").encode_prompt(turns) == chat.encode_prompt(turns)
 
 
-# Templates of sentencepiece tokenizers. legacy: a text after a control token begins with a space,
-# as in the tokenizer.json that came with Llama-2, TinyLlama, Zephyr.
+# template: control tokens beside <s> and </s>, whether BOS comes first, the published `legacy`
 SENTENCEPIECE = {
-    "llama-2": LLAMA_2,
-    "mistral": MISTRAL,
-    "zephyr": ZEPHYR,
-    "vicuna": USER_ASSISTANT,
-    "mistral-v3": MISTRAL_V3,
+    "zephyr": "",
+    "mistral-v0.3": "[INST] [/INST]",
+    "yi": CHATML,
+    "smollm2": CHATML,
 }
 
 
-@pytest.fixture(scope="module")
-def v3_folder(tmp_path_factory):
-    """A sentencepiece tokenizer with Mistral v0.3's control tokens."""
-    folder = tmp_path_factory.mktemp("v3")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([TEXTS] * 20), model_prefix=str(folder / "tokenizer"),
-        model_type="bpe", vocab_size=320, byte_fallback=True, control_symbols="[INST],[/INST]",
-        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
-    )  # fmt: skip
-    return folder
-
-
-@pytest.mark.parametrize("turns", PROMPTS)
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("kind", ["tokenizer.model", "tokenizer.json"])
 @pytest.mark.parametrize("template", SENTENCEPIECE)
-def test_sentencepiece_ids(template, turns, v3_folder, tmp_path):
-    source, more = MINI, {"legacy": True}
-    if template == "mistral-v3":
-        source, more = v3_folder, {"additional_special_tokens": ["[INST]", "[/INST]"]}
-    chat_template = SENTENCEPIECE[template]
-    folder = write_tokenizer_model(tmp_path / "x", source, chat_template=chat_template)
-    oracle = LlamaTokenizer.from_pretrained(source, chat_template=chat_template, **more)
-    chat = open_chat(folder, model_config())._replace(system="")
-    assert chat.template == template
-    theirs = list(turns)
-    if template == "mistral" and turns[0] == SYSTEM_TURN:  # the recipe's way, Mistral has none
-        theirs = [("user", f"Be brief.\n{turns[1][1]}"), *turns[2:]]
-    ids = expected(oracle, theirs)
-    if template == "zephyr":  # its chat_template leaves BOS to the tokenizer
-        ids = [oracle.bos_token_id, *ids]
-    assert chat.encode_prompt(turns) == ids
-    pair = chat.encode_pair(Pair(turns, "Yes, gladly.", "No."))
-    assert pair.prompt == ids and pair.chosen[-1] == oracle.eos_token_id == chat.eos_id
-    # Llama-2's own has a space before EOS, the recipe has not; Mistral v0.3's own loses the system
-    # prompt when an answer is last
-    if template != "llama-2" and (template, turns[0]) != ("mistral-v3", SYSTEM_TURN):
-        full = expected(oracle, theirs, "Yes, gladly.")
-        full = [1] * (template == "zephyr") + full
-        ours = pair.prompt + pair.chosen
-        assert full[: len(ours)] == ours and oracle.decode(full[len(ours) :]).strip() == ""
+def test_sentencepiece_ids(template, kind, legacy, tmp_path):
+    """Before a text after a control token the tokenizer puts a space if it is `legacy`; the answer
+    is tokenised jointly with what the template writes before it."""
+    folder = write_tokenizer_model(
+        tmp_path, MINI, SENTENCEPIECE[template], legacy=legacy,
+        chat_template=TEMPLATE_FILES[template],
+    )  # fmt: skip
+    oracle = LlamaTokenizer.from_pretrained(folder)
+    if kind == "tokenizer.json":  # with Metaspace's prepend_scheme, always or first
+        oracle.save_pretrained(folder)
+        (folder / "tokenizer.model").unlink()
+        assert f'"{"always" if legacy else "first"}"' in (folder / kind).read_text()
+    chat = open_chat(folder, model_config())
+    assert chat.tokenizer.name.startswith(kind) and chat.template.startswith("own ")
+    assert chat.encode_prompt("A")[:1] == [1] or template != "mistral-v0.3"
+    for turns in PROMPTS:
+        if (template, turns[0][0]) != ("mistral-v0.3", "system"):
+            assert_ids_are_transformers(chat, oracle, turns)
+            continue
+        # with an answer the template loses the system prompt; alone it is what it should be
+        theirs = oracle.apply_chat_template(
+            messages(turns), add_generation_prompt=True, return_dict=False
+        )
+        prompt, (response,) = chat.encode_responses(turns, [" Yes, gladly.\n"])
+        assert prompt == theirs
+        assert response == chat.encode_responses("Hi", ["Yes, gladly."])[1][0]
 
 
-def test_ids_that_transformers_changed_its_mind_about():
-    """A line break behind a control token: ids 29871 13 with Llama-2's tokenizer, not 13 alone."""
-    chat = Chat(Tokenizer(MINI), "zephyr", "")
-    space, newline = chat.tokenizer.encode("\n")
-    ids = chat.encode_prompt((SYSTEM_TURN, *MORE))
-    after = [ids[i + 1 : i + 3] for i, x in enumerate(ids) if x == 2]
-    assert after == [[space, newline]] * 4
+def test_a_system_prompt_that_the_template_moves_is_no_part_of_the_response(tmp_path):
+    """Mistral v0.3's stands in the last turn, if that is the user's."""
+    template = TEMPLATE_FILES["mistral-v0.3"]
+    folder = write_tokenizer_model(tmp_path, tokens="[INST] [/INST]", chat_template=template)
+    chat = open_chat(folder, model_config(), system="Be brief.")
+    assert render(chat, "Lead?") == "<s>[INST] Be brief.\n\nLead?[/INST]"
+    bare = chat._replace(system=None)
+    assert chat.encode_responses("Lead?", ["Yes"])[1] == bare.encode_responses("Lead?", ["Yes"])[1]
 
 
-def test_plain_adds_nothing_but_what_the_tokenizer_does(tmp_path, byte_level):
-    chat, oracle, row = byte_level
-    plain = chat._replace(template="plain", system="")
-    before = [oracle.bos_token_id] if row[4] else []
+def test_the_longest_control_token_is_taken(tmp_path):
+    folder = write_tokenizer_model(
+        tmp_path, tokens="<|im <|im_start|> <|im_end|> |>", chat_template=TEMPLATE_FILES["yi"]
+    )
+    oracle = LlamaTokenizer.from_pretrained(folder, legacy=True)
+    chat = open_chat(folder, model_config())
+    assert_ids_are_transformers(chat, oracle, MORE)
+    assert 421 in chat.encode_prompt("Hi") and 420 not in chat.encode_prompt("Hi")
+
+
+def test_normalizer_that_puts_a_space_before_each_text(tmp_path):
+    """As in the tokenizer.json of Llama-2, TinyLlama and Zephyr."""
+    folder = write_tokenizer_model(tmp_path, legacy=True, chat_template=TEMPLATE_FILES["zephyr"])
+    LlamaTokenizer.from_pretrained(folder).save_pretrained(folder)
+    (folder / "tokenizer.model").unlink()
+    file = json.loads((folder / "tokenizer.json").read_text())
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    steps = [{"type": "Prepend", "prepend": "▁"}, replace]
+    file |= {"normalizer": {"type": "Sequence", "normalizers": steps}, "pre_tokenizer": None}
+    (folder / "tokenizer.json").write_text(json.dumps(file))
+    oracle = PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), bos_token="<s>", eos_token="</s>",
+        chat_template=TEMPLATE_FILES["zephyr"],
+    )  # fmt: skip
+    chat = open_chat(folder, model_config())
+    for turns in PROMPTS:
+        assert_ids_are_transformers(chat, oracle, turns)
+
+
+def test_chatml_on_sentencepiece_keeps_the_line_break_and_the_answer_together(tmp_path):
+    """Not ▁Yes, which the model never writes after a line break; and the tokens may stand in
+    added_tokens.json only."""
+    folder = write_tokenizer_model(tmp_path, tokens=CHATML, chat_template=TEMPLATE_FILES["yi"])
+    chat = open_chat(folder, model_config())
+    prompt, (response,) = chat.encode_responses("Lead?", ["Yes"])
+    joint = chat.tokenizer.encode("assistant\nYes")
+    alone = chat.tokenizer.encode("assistant\n")
+    assert prompt[-len(alone) :] == alone and response == joint[len(alone) :] + [422]
+    assert response[:-1] != chat.tokenizer.encode("Yes")
+    added = {token: 420 + i for i, token in enumerate(CHATML.split())}
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    config = {"chat_template": TEMPLATE_FILES["yi"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert open_chat(folder, model_config()).encode_responses("Lead?", ["Yes"]) == (
+        prompt,
+        [response],
+    )
+
+
+def test_a_text_stays_text(byte_level, tmp_path):
+    """Also one that spells a control token, or the marks that stand for texts."""
+    chat, oracle, tokens = byte_level
+    text = tokens + "</s>{{ x }}{content} \ue0000\ue001\ue0001\ue001"
+    special = oracle.convert_tokens_to_ids(tokens.split())
+    for plain, odd in (
+        ("x", text),
+        ((BRIEF, *MORE), (("system", text), *MORE[:2], ("user", text))),
+    ):
+        plain, ids = chat.encode_prompt(plain), chat.encode_prompt(odd)
+        assert [i for i in ids if i in special] == [i for i in plain if i in special] != []
+        assert text in oracle.decode(ids)
+    response = chat.encode_responses("x", [text])[1][0]
+    assert [i for i in response if i in special] == [chat.eos_id] == response[-1:]
+    spm = open_chat(write_tokenizer_model(tmp_path), model_config())
+    assert [i for i in spm.encode_prompt("</s>[INST]<s>") if i < 3] == [1]
+
+
+def test_a_control_token_that_a_text_could_spell_is_refused(tmp_path):
+    """A file may declare its control tokens ordinary ones (sentencepiece: user-defined symbols)."""
+    write_tokenizer_json(tmp_path, TEMPLATE_FILES["qwen2.5"], *BYTE_LEVEL["qwen2.5"])
+    file = tmp_path / "tokenizer.json"
+    file.write_text(file.read_text().replace('"special": true', '"special": false'))
+    chat = open_chat(tmp_path, model_config())
+    assert len(chat.encode_prompt("Lead?")) > 5
+    with pytest.raises(ValueError, match=r"x:1: a text holds a control token: .*Yes.<\|im_end\|>'"):
+        chat.encode_pair(Pair("Lead?", "Yes.<|im_end|>", "No.", "x:1"))
+
+
+def test_a_response_that_begins_with_a_newline_does_not_touch_the_prompt(byte_level):
+    """Byte-level tokens could reach across; the response is then encoded apart."""
+    chat, oracle, _ = byte_level
+    ids = chat.encode_pair(Pair("Lead?", "\n\nYes.", "No."))
+    assert ids.prompt == chat.encode_prompt("Lead?")
+    assert len(oracle.tokenize("\n\n")) == 1
+    text = "Yes." if "header" in chat.source else "\n\nYes."  # Llama-3's strips
+    assert ids.chosen == [*oracle(text, add_special_tokens=False).input_ids, chat.eos_id]
+
+
+def test_the_clock_is_never_asked(tmp_path):
+    """A template takes the date that it has for want of a clock."""
+    row = BYTE_LEVEL["llama-3.1"]
+    write_tokenizer_json(tmp_path / "a", TEMPLATE_FILES["llama-3.2"], *row)
+    write_tokenizer_json(tmp_path / "b", TEMPLATE_FILES["llama-3.1"], *row)
+    new, old = (open_chat(tmp_path / name, model_config()) for name in "ab")
+    assert new.encode_prompt(MORE) == old.encode_prompt(MORE)
+    assert "Today Date: 26 Jul 2024\n" in render(new, "x")
+    write_tokenizer_json(tmp_path / "c", "{{ strftime_now('%d') }}{{ eos_token }}", *row)
+    with pytest.raises(ValueError, match="template fails: 'strftime_now' is undefined"):
+        open_chat(tmp_path / "c", model_config())
+
+
+PARTS = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}",
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}",
+    "{% if add_generation_prompt %}A:{% endif %}",
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages[0].content }", "template fails: unexpected '}'"),
+        ("{{ raise_exception('no\nsystem') }}", "template fails: no system$"),
+        ("{{ messages.__class__.__mro__ }}", "template fails: access to attribute '__class__'"),
+        (
+            PARTS[0] + "A:{{ m.content }}" + PARTS[1] + PARTS[2],
+            "must write 'HelloA:', an answer, a token",
+        ),
+        (
+            PARTS[0] + "B:{{ m.content + eos_token }}" + PARTS[1] + PARTS[2],
+            "must write 'HelloA:', an answer, a token",
+        ),
+        (
+            PARTS[0] + "A:{{ bos_token + m.content + eos_token }}" + PARTS[1] + PARTS[2],
+            "must write 'HelloA:', an answer, a token",
+        ),
+        (
+            PARTS[0] + "A:{{ m.content.upper() + eos_token }}" + PARTS[1] + PARTS[2],
+            "looks into the texts",
+        ),
+        ("{{ messages[0].content[:2] + eos_token }}", "looks into the texts"),
+    ],
+)
+def test_templates_that_are_refused(tmp_path, template, message):
+    with pytest.raises(ValueError, match=message):
+        folder = write_tokenizer_model(tmp_path, chat_template=template)
+        open_chat(folder, model_config()).answer("Hi")
+
+
+def test_a_template_may_end_an_answer_only_if_it_asks_for_none(tmp_path):
+    template = (
+        PARTS[0] + "A:{{ m.content }}" + PARTS[1]
+        + "{% if add_generation_prompt %}A:{% else %}{{ eos_token }}{% endif %}"
+    )  # fmt: skip
+    chat = open_chat(write_tokenizer_model(tmp_path, chat_template=template), model_config())
+    assert chat.split("Q") == ["QA:"] and chat.answer("Yes.") == ("Yes.", "</s>")
+
+
+def test_a_template_that_cuts_an_answer_is_refused_where_it_does(tmp_path):
+    """As of models that think: nothing before </think> is kept."""
+    template = (
+        PARTS[0] + "A:{{ m.content.split('</think>')[-1] + eos_token }}" + PARTS[1] + PARTS[2]
+    )
+    chat = open_chat(write_tokenizer_model(tmp_path, chat_template=template), model_config())
+    assert chat.encode_pair(Pair("Q", "Yes.", "No."))
+    with pytest.raises(ValueError, match="x:1: the chat template looks into the texts"):
+        chat.encode_pair(Pair("Q", "Well.</think>Yes.", "No.", "x:1"))
+
+
+def test_the_environment_is_transformers(tmp_path):
+    """Blocks for a trainer's mask, loop controls, tojson, special tokens; no tools."""
+    template = (
+        "{{ {'b': '<é>', 'a': [1]} | tojson }}{{ [tools, documents] | tojson(indent=1) }}"
+        "{%- for m in messages %}\n    {%- if loop.index > 3 %}{% break %}{% endif %}\n"
+        "  {% if m.role == 'assistant' %}\n{% generation %}\n{{ m.content }}{{ eos_token }}"
+        "{% endgeneration %}\n{% else %}\n{{ pad_token + unk_token + m.content }}\n  {% endif %}"
+        "{% endfor %}"
+    )
+    folder = write_tokenizer_model(
+        tmp_path, tokens="[PAD]", chat_template=template, pad_token="[PAD]",
+        unk_token="<unk>", bos_token="<s>", eos_token="</s>", legacy=True,
+    )  # fmt: skip
+    oracle = LlamaTokenizer.from_pretrained(folder)
+    chat = open_chat(folder, model_config("other"), "own")
+    theirs = oracle.apply_chat_template(
+        messages(MORE), add_generation_prompt=True, return_dict=False
+    )
+    assert chat.encode_prompt(MORE) == theirs and "<é>" in oracle.decode(theirs)
+
+
+def test_plain_adds_nothing_but_bos(tmp_path, byte_level):
+    chat, oracle, tokens = byte_level
+    plain = Chat(chat.tokenizer, "plain", "")
+    before = [oracle.bos_token_id] if oracle.bos_token else []
     text = oracle("A: b", add_special_tokens=False).input_ids
     assert plain.encode_prompt("A: b") == before + text
     pair = plain.encode_pair(Pair("A:", " b", " c"))
     assert pair.prompt + pair.chosen == before + text + [oracle.eos_token_id]
-    for config, ids in (({}, [1]), ({"add_bos_token": False}, [])):
-        folder = write_tokenizer_model(tmp_path / "x", **config)
-        chat = open_chat(folder, model_config(), "plain")
-        assert chat.encode_prompt("A: b") == ids + chat.tokenizer.encode("A: b")
-        assert open_chat(folder, model_config(), "llama-2").encode_prompt("A")[0] == 1
+    chat = open_chat(write_tokenizer_model(tmp_path / "x"), model_config(), "plain")
+    assert chat.encode_prompt("A: b") == [1, *chat.tokenizer.encode("A: b")]
+
+
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+def test_recipes_with_more_turns():
+    """As FastChat renders them, with the system prompt in the first turn and BOS as ids."""
+    turns, pieces = (BRIEF, *MORE), Tokenizer(MINI).encode
+    rendered = {
+        "llama-2": [
+            "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nWould you lead? [/INST] Yes, gladly. ",
+            2, 1, "[INST] And now? [/INST]",
+        ],
+        "mistral": [
+            "[INST] Be brief.\nWould you lead? [/INST] Yes, gladly.", 2, "[INST] And now? [/INST]"
+        ],
+        "vicuna": [
+            "Be brief. USER: Would you lead? ASSISTANT: Yes, gladly.",
+            2, "USER: And now? ASSISTANT:"
+        ],
+        "plain": ["Be brief.\n\nWould you lead?Yes, gladly.\n\nAnd now?"],
+    }  # fmt: skip
+    for name in RECIPES:
+        ids = [1]
+        for piece in rendered[name]:
+            ids += [piece] if isinstance(piece, int) else pieces(piece)
+        assert Chat(Tokenizer(MINI), name, "x").encode_prompt(turns) == ids
+        prompt, (response,) = Chat(Tokenizer(MINI), name, "").encode_responses(MORE, ["Yes. "])
+        last = rendered[name][-1] if name != "plain" else "Would you lead?Yes, gladly.\n\nAnd now?"
+        joint = pieces(last + " " * (name != "plain") + "Yes. ")[len(pieces(last)) :]
+        assert response == [*joint, 2]
+        assert Chat(Tokenizer(MINI), name, "").eos_id == 2
+
+
+def test_the_recipes_ids_do_not_depend_on_legacy(tmp_path):
+    """The official trainer tokenised the text behind BOS on its own."""
+    llama_2 = TEMPLATE_FILES["llama-2"]
+    folder = write_tokenizer_model(tmp_path, legacy=False, chat_template=llama_2)
+    chat = open_chat(folder, model_config())
+    assert chat.template == "llama-2"
+    pair = Pair((BRIEF, *MORE), "Yes.", "No.")
+    assert chat.encode_pair(pair) == Chat(Tokenizer(MINI)).encode_pair(pair)
 
 
 # ---- which template, which tokenizer
 
 
-def test_template_by_the_checkpoints_own_files(tmp_path):
-    def chosen(name, own=None, family="llama", tokens="", jinja="", **config):
-        folder = tmp_path / name
-        added = {str(420 + i): {"content": x} for i, x in enumerate(tokens.split())}
-        write_tokenizer_model(
-            folder, chat_template=own, added_tokens_decoder=added, add_bos_token=False
-        )
+def test_template_by_the_checkpoints_own_files(tmp_path, capsys):
+    def chosen(name, own=None, family="llama", jinja="", tokens="", **config):
+        folder = write_tokenizer_model(tmp_path / name, MINI, tokens, chat_template=own, **config)
         if jinja:
             (folder / "chat_template.jinja").write_text(jinja)
-        return open_chat(folder, model_config(family))[1:]
+        return open_chat(folder, model_config(family))[1:3]
 
-    recipe = "You are a helpful, honest and concise assistant."
-    assert chosen("llama2", LLAMA_2, "mistral") == ("llama-2", recipe)
-    assert chosen("mistral-v2", MISTRAL) == ("mistral", recipe)
-    assert chosen("zephyr", ZEPHYR, "mistral") == ("zephyr", "")
-    assert chosen("vicuna-as-zephyr", ZEPHYR) == ("zephyr", "")
-    assert chosen("in-a-file", LLAMA_2, jinja=ZEPHYR) == ("zephyr", "")
-    assert chosen("several", [{"name": "default", "template": LLAMA_2}])[0] == "llama-2"
-    assert chosen("Yi", YI, tokens=CHATML_TOKENS) == ("chatml", "")
-    assert chosen("Qwen", DEFAULT % QWEN + YI, tokens=CHATML_TOKENS) == ("chatml", QWEN)
-    assert chosen("Mistral-v3", MISTRAL_V3, "mistral", "[INST] [/INST]")[0] == "mistral-v3"
-    # no chat_template: a name, a control token, the family
-    assert (
-        chosen("Vicuna-7b") == chosen("models--lmsys--vicuna-7b/snapshots/0") == ("vicuna", VICUNA)
-    )
-    assert chosen("base", tokens=LLAMA_3_TOKENS)[0] == "llama-3"
-    assert chosen("llama2-base") == ("llama-2", recipe)
-    assert chosen("mistral-base", family="mistral") == ("mistral", recipe)
-    assert chosen("other", family="other") == ("plain", "")
-    with pytest.raises(ValueError, match="chatml' needs <|im_end|>, which tokenizer.mod"):
-        chosen("qwen-base", family="qwen2")
-    with pytest.raises(
-        ValueError, match="unknown: unknown chat_template; try --template llama-2, "
-    ):
-        chosen("unknown", "{{ '### User:' + messages[0]['content'] }}")
+    def own(template):
+        return "own " + hashlib.sha256(template.encode()).hexdigest()[:12], None
+
+    files = TEMPLATE_FILES
+    assert chosen("llama2", files["llama-2"], "mistral") == ("llama-2", SYSTEM)
+    for name in ("mistral-v0.1", "mistral-v0.2", "mistral-v0.2-2024"):
+        assert chosen(name, files[name]) == ("mistral", SYSTEM)
+    for name in ("zephyr", "mistral-v0.3", "yi", "llama-3.1"):
+        assert chosen("vicuna-as-" + name, files[name], tokens=f"{CHATML} {HEADERS}") == own(
+            files[name]
+        )
+    tulu = "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + (eos_token if " \
+        "m.role == 'assistant' else '\n') }}{% endfor %}" \
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"  # fmt: skip
+    assert chosen("tulu", tulu) == own(tulu)
+    llama_2_without_bos = files["llama-2"].replace("bos_token + ", "")
+    assert chosen("no-bos", llama_2_without_bos) == own(llama_2_without_bos)
+    one_bos = files["llama-2"].replace("bos_token + ", "(bos_token if loop.first else '') + ")
+    assert chosen("one-bos", one_bos) == own(one_bos)
+    assert chosen("in-a-file", files["llama-2"], jinja=files["zephyr"]) == own(files["zephyr"])
+    several = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": files["yi"]}]
+    assert chosen("several", several, tokens=CHATML) == own(files["yi"])
+    assert "note:" not in capsys.readouterr().out
+    # no chat_template: a plain Llama, or Vicuna by its name, or refused
+    assert chosen("llama2-base") == ("llama-2", SYSTEM)
+    assert "note: " in (out := capsys.readouterr().out) and "so llama-2 is taken" in out
+    assert chosen("padded", tokens="<pad>") == ("llama-2", SYSTEM)
+    vicuna = chosen("models--lmsys--vicuna-7b/snapshots/0")
+    assert chosen("Vicuna-7b") == vicuna == ("vicuna", VICUNA)
+    assert "so vicuna is taken" in capsys.readouterr().out
+    for row in (("mistral-base", None, "mistral"), ("other", None, "other")):
+        with pytest.raises(
+            ValueError, match=f"{row[0]} has no chat template; --template takes own .* llama-2"
+        ):
+            chosen(*row)
+    with pytest.raises(ValueError, match="has no chat template"):
+        chosen("chatml-base", tokens=CHATML)
+    with pytest.raises(ValueError, match="has no chat template"):  # none of them is the default
+        chosen("only-tools", several[:1], "other")
+    write_tokenizer_json(tmp_path / "gpt", None, "<s> </s>", "<s>", "</s>", True)
+    with pytest.raises(ValueError, match="gpt has no chat template"):
+        open_chat(tmp_path / "gpt", model_config())
+    write_tokenizer_json(tmp_path / "base", None, *BYTE_LEVEL["llama-3.1"])
+    with pytest.raises(ValueError, match="has no chat template; .* or a .jinja file"):
+        open_chat(tmp_path / "base", model_config())
 
 
-def test_a_template_that_the_tokenizer_cannot_render_is_refused(tmp_path, fails):
-    for name in ("chatml", "llama-3", "mistral-v3"):
-        args = "--model", MINI, "--data", MINI / "train.csv", "--layer", 1, "--out", tmp_path / "x"
-        fails(bipo.main, (*args, "--template", name), f"{name!r} needs", "possible: llama-2")
-    write_tokenizer_json(tmp_path, *FAMILIES["qwen2.5"][:5])
-    with pytest.raises(ValueError, match="'llama-2' needs <s>, .*possible: chatml, plain"):
+def test_a_template_that_the_user_names(tmp_path, capsys):
+    yi, zephyr = TEMPLATE_FILES["yi"], TEMPLATE_FILES["zephyr"]
+    folder = write_tokenizer_model(tmp_path / "x", tokens=CHATML, chat_template=yi)
+    config, own = model_config(), open_chat(tmp_path / "x", model_config())
+    for name in ("own", own.template):  # what the metadata of a vector say
+        assert open_chat(folder, config, name)[1:] == own[1:]
+    assert open_chat(folder, config, "own", "Be brief.").system == "Be brief."
+    assert open_chat(folder, config, "mistral")[1:3] == ("mistral", SYSTEM)
+    assert open_chat(folder, config, "llama-2", "")[1:3] == ("llama-2", "")
+    file = tmp_path / "my template.jinja"
+    file.write_text(zephyr)
+    chat = open_chat(folder, config, str(file))
+    assert chat.source == zephyr and render(chat, "Hi") == "<|user|>\nHi</s>\n<|assistant|>\n"
+    assert capsys.readouterr().out == ""
+    assert open_chat(folder, config, chat.template).template == own.template
+    assert capsys.readouterr().out.startswith(f"note: instead of template {chat.template} it is")
+    for name in ("chatml", "zephyr", "llama-3", "mistral-v3"):  # of older vectors
+        assert open_chat(folder, config, name).template == own.template
+        out = capsys.readouterr().out
+        assert out.startswith(f"note: instead of template {name} it is this checkpoint's own ")
+        assert out.count("\n") == 1
+    for name in ("tpyo", " "):
+        with pytest.raises(ValueError, match=f"no template '{name}' but own .*, llama-2, .*jinja"):
+            open_chat(folder, config, name)
+    with pytest.raises(ValueError, match="no template 'own' but own .the checkpoint's., llama-2"):
+        open_chat(MINI, config, "own")
+    with pytest.raises(ValueError, match="cannot read none.jinja: .*No such file"):
+        open_chat(MINI, config, "none.jinja")
+
+
+def test_a_tokenizer_that_does_not_fit(tmp_path):
+    write_tokenizer_json(tmp_path, TEMPLATE_FILES["qwen2.5"], *BYTE_LEVEL["qwen2.5"])
+    with pytest.raises(ValueError, match="the chat template fails: 'bos_token' is undefined"):
         open_chat(tmp_path, model_config(), "llama-2")
     assert open_chat(tmp_path, model_config(), "plain").system == ""
     with pytest.raises(
-        ValueError, match=r"3\d\d tokens in tokenizer.json \w{12}, 300 in the model"
+        ValueError, match=r"3\d\d tokens in tokenizer.json \w{12}, more than in the"
     ):
         open_chat(tmp_path, model_config(vocab_size=300))
-    folder = write_tokenizer_model(
-        tmp_path / "x", added_tokens_decoder={i: {"content": f"<|im_{x}|>"} for i, x in TOKENS_OUT}
-    )
-    with pytest.raises(ValueError, match="501 tokens in tokenizer.model"):
-        open_chat(folder, model_config(vocab_size=450))
+    yi = TEMPLATE_FILES["yi"]
+    folder = write_tokenizer_model(tmp_path / "x", tokens=CHATML, chat_template=yi)
+    with pytest.raises(ValueError, match="423 tokens in tokenizer.model"):
+        open_chat(folder, model_config(vocab_size=422))
 
 
-TOKENS_OUT = ((500, "start"), (421, "end"))
+@pytest.mark.parametrize("kind", ["tokenizer.model", "tokenizer.json"])
+def test_a_pad_token_beyond_the_embedding_is_no_fault(tmp_path, kind):
+    if kind == "tokenizer.json":
+        row = BYTE_LEVEL["qwen2.5"]
+        write_tokenizer_json(tmp_path, TEMPLATE_FILES["qwen2.5"], row[0] + " <pad>", *row[1:])
+        size = Tokenizer(tmp_path).controls["<pad>"]
+    else:
+        write_tokenizer_model(tmp_path, tokens="<pad>")
+        size = 420
+    chat = open_chat(tmp_path, model_config(vocab_size=size))
+    assert max(chat.encode_prompt("Lead?")) < size
+    with pytest.raises(ValueError, match="more than in the model"):
+        open_chat(tmp_path, model_config(vocab_size=size - 1))
 
 
-@pytest.mark.parametrize(
-    "roles",
-    [
-        "",
-        "assistant",
-        "user assistant",
-        "system",
-        "user user",
-        "user system user",
-        "user tool user",
-    ],
-)
-@pytest.mark.parametrize("template", TEMPLATES)
+ORDERS = [
+    "",
+    "assistant",
+    "user assistant",
+    "system",
+    "user user",
+    "user system user",
+    "user tool user",
+]
+
+
+@pytest.mark.parametrize("roles", ORDERS)
+@pytest.mark.parametrize("template", RECIPES)
 def test_conversations_in_another_order_are_refused(template, roles):
     chat = Chat(Tokenizer(MINI), template)
     turns = tuple((role, "x") for role in roles.split())
-    message = (
-        f"turns are user, assistant, .*, not {roles.removeprefix('system').replace(' ', ', ')}"
-    )
+    message = f"turns are user, assistant, .*, not {roles!r}$"
     with pytest.raises(ValueError, match=message):
         chat.encode_prompt(turns)
-    with pytest.raises(ValueError, match="^x.jsonl:3: a conversation's turns"):
+    with pytest.raises(ValueError, match="^x.jsonl:3: turns are user, "):
         chat.encode_pair(Pair(turns, "Yes.", "No.", "x.jsonl:3"))
 
 
-def test_a_control_token_that_a_text_could_spell_is_refused(tmp_path):
-    """A file may declare its control tokens ordinary ones (sentencepiece: user-defined symbols)."""
-    row = FAMILIES["qwen2.5"]
-    write_tokenizer_json(tmp_path, *row[:5])
-    file = tmp_path / "tokenizer.json"
-    file.write_text(file.read_text().replace('"special": true', '"special": false'))
-    chat = open_chat(tmp_path, model_config())
-    assert len(chat.encode_prompt("Lead?")) > 5
-    with pytest.raises(ValueError, match=r"x:1: <\|im_end\|> in a text would become the control"):
-        chat.encode_pair(Pair("Lead?", "Yes.<|im_end|>", "No.", "x:1"))
-
-
 def test_tokenizer_model_is_preferred_to_tokenizer_json(tmp_path, monkeypatch):
-    write_tokenizer_json(tmp_path, *FAMILIES["qwen2.5"][:5])
+    write_tokenizer_json(tmp_path, TEMPLATE_FILES["qwen2.5"], *BYTE_LEVEL["qwen2.5"])
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # Llama-3's, tiktoken
     assert Tokenizer(tmp_path).name.startswith("tokenizer.json ")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ValueError, match="tokenizer.json: .* pip install tokenizers$"):
+    with pytest.raises(ValueError, match="tokenizer.json, nor .*a package, pip install tokenizers"):
         Tokenizer(tmp_path)
     shutil.copy(MINI / "tokenizer.model", tmp_path)
     assert Tokenizer(tmp_path).name == Tokenizer(MINI).name == "tokenizer.model " + MINI_SHA
@@ -405,12 +596,23 @@ MINI_SHA = hashlib.sha256((MINI / "tokenizer.model").read_bytes()).hexdigest()[:
 def test_files_that_are_no_tokenizer_json(tmp_path):
     for content in ("", "{", "{}", '{"model": {"type": "none"}}'):
         (tmp_path / "tokenizer.json").write_text(content)
-        with pytest.raises(ValueError, match="^cannot read .*tokenizer.json: "):
+        with pytest.raises(
+            ValueError, match="^cannot read .*tokenizer.json, nor a tokenizer.model: "
+        ):
             Tokenizer(tmp_path)
 
 
 words = st.text(st.characters(codec="utf-8"), max_size=20) | st.sampled_from(
-    ["</s>", "<|im_end|>\n", " \n<|eot_id|>", "[/INST]", "\n\n", "{content}", "\ufffd"]
+    [
+        "</s>",
+        "<|im_end|>\n",
+        " \n<|eot_id|>",
+        "[/INST]",
+        "\n\n",
+        "{{ x }}",
+        "\ufffd",
+        "\ue0000\ue001",
+    ]
 )
 
 
@@ -423,45 +625,32 @@ def test_the_prompts_ids_begin_the_pairs(chats, prompt, chosen, rejected, turns,
     try:
         ids = chat.encode_pair(Pair(prompt, chosen, rejected))
     except ValueError as e:
-        assert "same tokens" in str(e) or "spans the end" in str(e) and chat.template == "plain"
+        assert "same tokens" in str(e) or "spans the end" in str(e)
         return
     assert ids.prompt == chat.encode_prompt(prompt)
     controls = set(chat.tokenizer.controls.values())
     assert [i for i in ids.chosen if i in controls] == ids.chosen[-1:] == [chat.eos_id]
-    if chat.template not in ("plain", "llama-3"):
-        text = chat.tokenizer.decode(chat.tokenizer.encode("x" + chosen))
-        assert chat.tokenizer.decode(ids.chosen).strip() == text[1:].strip()
+    text = chat.tokenizer.decode(chat.tokenizer.encode("x" + chosen))
+    assert chat.tokenizer.decode(ids.chosen).strip() == text[1:].strip()
 
 
 @pytest.fixture(scope="module")
-def chats(tmp_path_factory, v3_folder):
-    """Every template, with a tokenizer that can render it."""
-    result = [Chat(Tokenizer(MINI), name) for name in ("llama-2", "mistral", "vicuna", "zephyr")]
-    result += [Chat(Tokenizer(v3_folder), "mistral-v3"), Chat(Tokenizer(MINI), "plain")]
-    for name in ("qwen2.5", "llama-3"):
-        folder = tmp_path_factory.mktemp(name)
-        write_tokenizer_json(folder, *FAMILIES[name][:5])
+def chats(tmp_path_factory):
+    """Every kind of template, with a tokenizer that can render it."""
+    result = [Chat(Tokenizer(MINI), name) for name in RECIPES]
+    for name, tokens in SENTENCEPIECE.items():
+        folder = write_tokenizer_model(
+            tmp_path_factory.mktemp(name), tokens=tokens, chat_template=TEMPLATE_FILES[name]
+        )
         result.append(open_chat(folder, model_config()))
-    assert {chat.template for chat in result} == TEMPLATES.keys()
+    for name, row in BYTE_LEVEL.items():
+        folder = tmp_path_factory.mktemp(name)
+        write_tokenizer_json(folder, TEMPLATE_FILES[name], *row)
+        result.append(open_chat(folder, model_config()))
     return result
 
 
-# ---- decoding piece by piece
-
-
-@pytest.mark.parametrize("kind", ["sentencepiece", "byte-level"])
-def test_stream(kind, tmp_path):
-    write_tokenizer_json(tmp_path, *FAMILIES["llama-3"][:5])
-    tokenizer = Tokenizer(MINI if kind == "sentencepiece" else tmp_path)
-    for text in ("Yes, I  would — 🙂 gladly.\n\n  日本", "é", "", " a", "x\ufffdy"):
-        ids = [*tokenizer.encode(text), tokenizer.eos_id]
-        pieces = list(tokenizer.stream(iter(ids)))
-        assert "".join(pieces) == tokenizer.decode(ids) == text
-        assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
-    half = tokenizer.encode("a🙂")[:-1]
-    assert "".join(tokenizer.stream(half)) == tokenizer.decode(half) != "a"  # an answer cut short
-    stream = tokenizer.stream(iter(tokenizer.encode("one two")))
-    assert next(stream) == tokenizer.decode(tokenizer.encode("one two")[:1])  # at once
+# ---- decoding
 
 
 def test_decode_leaves_control_tokens_out(tmp_path):
@@ -475,39 +664,29 @@ def test_decode_leaves_control_tokens_out(tmp_path):
 # ---- through the doors
 
 
-def test_a_vector_knows_its_tokenizer_template_and_system_prompt(tmp_path, capsys, monkeypatch):
-    model, rows = tmp_path / "model", [("Lead?", "Yes, gladly.", "No."), ("Go?", "Yes.", "No.")]
-    model.mkdir()
+def test_a_vector_knows_its_tokenizer_template_and_system_prompt(tmp_path):
+    model = tmp_path / "model"
+    write_tokenizer_json(model, TEMPLATE_FILES["smollm2"], *BYTE_LEVEL["smollm2"])
     for name in ("config.json", "model.safetensors"):
         shutil.copy(MINI / name, model)
-    write_tokenizer_json(model, *FAMILIES["smollm2"][:3], "<|endoftext|>", False)
-    data = jsonl(
-        tmp_path / "x.jsonl", *(dict(zip(Pair._fields, row, strict=False)) for row in rows)
-    )
-    run = ["--model", model, "--data", data, "--val", data, "--layer", 1, "--out", tmp_path / "run"]
-    bipo.main([str(x) for x in (*run, "--epochs", 1)])
-    _, metadata = load_vector(tmp_path / "run")
-    name = Tokenizer(model).name
-    assert (metadata["template"], metadata["system"]) == ("chatml", SMOLLM)
-    assert metadata["tokenizer"] == name and name in capsys.readouterr().out
+    rows = [{"prompt": x, "chosen": "Yes, gladly.", "rejected": "No."} for x in ("Lead?", "Go?")]
+    data = jsonl(tmp_path / "x.jsonl", *rows)
+    args = ["--model", model, "--data", data, "--val", data, "--layer", 1, "--epochs", 1]
+    for name, more in (("a", []), ("b", ["--system", "Be brief."])):
+        bipo.main([str(x) for x in (*args, "--out", tmp_path / name, *more)])
+        _, metadata = load_vector(tmp_path / name)
+        chat = open_chat(model, model_config(), metadata["template"], metadata.get("system"))
+        assert metadata["template"] == chat.template and chat.template.startswith("own ")
+        assert metadata.get("system") == chat.system == (more[1] if more else None)
+        assert metadata["tokenizer"] == chat.tokenizer.name
 
-    ends = []
 
-    def stream(model, prompts, max_new_tokens, eos_id, *args, **options):
-        ends.append(eos_id)
-        yield dict.fromkeys(range(len(prompts)), eos_id)
-
-    monkeypatch.setattr(evaluation, "stream", stream)
-    score = ["--model", model, "--data", data, "--vector", tmp_path / "run"]
-    evaluation.main([str(x) for x in score])
-    out = capsys.readouterr().out
-    assert f"chatml template, system {SMOLLM!r}" in out and "note: " not in out
-    assert ends == [Tokenizer(model).controls["<|im_end|>"]] != [Tokenizer(model).eos_id]
-    file = model / "tokenizer.json"
-    file.write_text(file.read_text() + "\n")
-    evaluation.main([str(x) for x in score])
-    note = f"note: its tokenizer in training was {name!r}, this is {Tokenizer(model).name!r}"
-    assert note in capsys.readouterr().out
+def test_a_wrong_template_is_one_line(tmp_path, fails):
+    args = "--model", MINI, "--data", MINI / "train.csv", "--layer", 1, "--out", tmp_path / "x"
+    for name in ("tpyo", "own", "chatml"):
+        fails(bipo.main, (*args, "--template", name), "no template", "llama-2, mistral, vicuna")
+    fails(bipo.main, (*args, "--template", tmp_path / "no.jinja"), "cannot read", "no.jinja")
+    assert not (tmp_path / "x").exists()
 
 
 # ---- models by name
@@ -529,42 +708,19 @@ def cached(home, hub_id, *revisions, main=None):
 
 
 def test_the_hugging_face_cache(tmp_path, monkeypatch):
-    for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    repo = cached(tmp_path, "Qwen/Qwen2.5-0.5B-Instruct", "abc", "def", main="def\n")
+    """As huggingface_hub lays it out, and looks it up; nothing is downloaded."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    repo = cached(tmp_path, "Qwen/Qwen2.5-0.5B-Instruct", "abc", "def", main="def")
     found = repo / "snapshots" / "def", "Qwen/Qwen2.5-0.5B-Instruct"
-    for name in ("qwen2.5-0.5b-instruct", "Qwen2.5-0.5B-instruct", found[1], repo, *found[:1]):
-        assert find_model(name) == find_model(str(name)) == found
+    for name in reversed(found):
+        assert find_model(name)[0] == found[0]
+    assert find_model(found[1]) == found
     assert Tokenizer(found[0]).name == Tokenizer(MINI).name
-    assert find_model(repo / "snapshots" / "abc") == (repo / "snapshots" / "abc", found[1])
 
-    only = cached(tmp_path, "lmsys/vicuna-7b-v1.5", "123")  # no refs/main
-    assert find_model("vicuna-7b") == (only / "snapshots" / "123", "lmsys/vicuna-7b-v1.5")
-    assert open_chat(find_model("vicuna-7b")[0], model_config()).template == "vicuna"
-
-    cached(tmp_path, "a/two", "1", "2")
-    with pytest.raises(ValueError, match=r"a--two: 2 folders .* or: hf download a/two"):
-        find_model("a/two")
+    cached(tmp_path, "lmsys/vicuna-7b-v1.5", "123", main="123")
+    assert open_chat(find_model("lmsys/vicuna-7b-v1.5")[0], model_config()).template == "vicuna"
     cached(tmp_path, "a/gone", "1", main="2")  # a download that was interrupted
-    with pytest.raises(ValueError, match="0 folders are snapshots/2, .*hf download a/gone"):
+    with pytest.raises(
+        ValueError, match="no model 'a/gone', no folder nor in the cache; hf download a/gone"
+    ):
         find_model("a/gone")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for name in (("HF_HOME", "~"), ("HF_HUB_CACHE", tmp_path / "hub")):
-        monkeypatch.delenv("HF_HOME", raising=False)
-        monkeypatch.setenv(*map(str, name))
-        assert find_model(found[1]) == found
-    monkeypatch.delenv("HF_HUB_CACHE")
-    (tmp_path / "huggingface").symlink_to(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert find_model(found[1])[1] == found[1]
-
-
-def test_aliases():
-    assert len(ALIASES) > 30 and all(x == x.lower() and "{" not in x for x in ALIASES)
-    assert {
-        "llama2-70b-chat": "meta-llama/Llama-2-70b-chat-hf",
-        "mistral-7b-instruct": "mistralai/Mistral-7B-Instruct-v0.2",
-        "llama3.1-8b-instruct": "meta-llama/Llama-3.1-8B-Instruct",
-        "tinyllama-1.1b-chat": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
-    }.items() <= ALIASES.items()

@@ -1,5 +1,6 @@
 import json
 import shutil
+import sys
 
 import pytest
 import sentencepiece
@@ -9,12 +10,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from data import (
+    ALIASES,
     SYSTEM,
     Chat,
     Pair,
+    Progress,
     Tokenizer,
+    check_output,
     find_model,
     open_chat,
+    pick_device,
     read_pairs,
     split_pairs,
 )
@@ -45,7 +50,9 @@ def test_official_csv(tmp_path):
         ",An empty question is kept.,The official files have some.\n"
     )
     first, second = read_pairs(file)
-    assert first == Pair('Two lines,\nand a "quote".', "Yes.", "No,\nnever.", f"{file}:2")
+    assert first == Pair(
+        'Two lines,\nand a "quote".', "Yes.", "No,\nnever.", f"{file}:4"
+    )  # its last line
     assert second.prompt == "" and second.source == f"{file}:7"
 
 
@@ -61,38 +68,54 @@ LINE = json.dumps(PAIR)
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.jsonl", "", "holds no pairs"),
-        ("x.csv", "", "holds no pairs"),
-        ("x.csv", "question,matching,matching,not_matching\n", "x.csv:1: 2 columns 'matching'"),
-        ("x.csv", "question,matching,not_matching\n", "holds no pairs"),
-        ("x.jsonl", LINE + "\n{oops\n", "x.jsonl:2: not JSON"),
-        ("x.jsonl", LINE + '\n["a"]\n', "x.jsonl:2: not a JSON object"),
-        ("x.jsonl", json.dumps({"prompt": "a", "chosen": "b"}), "x.jsonl:1: no 'rejected', only"),
-        ("x.jsonl", json.dumps(PAIR | {"chosen": ["Yes."]}), "x.jsonl:1: 'chosen' is .* not text"),
-        ("x.jsonl", json.dumps(PAIR | {"chosen": 7}), "x.jsonl:1: 'chosen' is 7, not text"),
-        ("x.jsonl", json.dumps(PAIR | {"prompt": None}), "x.jsonl:1: 'prompt' is None, not text"),
+        ("x.jsonl", "", "no pairs: read 0 pairs from .*x.jsonl"),
+        ("x.csv", "", "no pairs: read 0 pairs"),
+        ("x.csv", "question,matching,not_matching\n", "no pairs: read 0 pairs"),
+        (
+            "x.csv",
+            "question,matching,matching,not_matching\na,b,c,d\n",
+            "x.csv:2: not a field for each column, or two columns have one name",
+        ),
+        ("x.jsonl", LINE + "\n{oops\n", "cannot read .*x.jsonl:2: Expecting property name"),
+        ("x.jsonl", LINE + '\n["a"]\n', "x.jsonl:2: not an object with named columns: "),
+        ("x.json", '{"data": []}', "x.json record 1: not an object with named columns: 'data'"),
+        ("x.json", "7", "cannot read .*x.json: 'int' object is not iterable"),
+        (
+            "x.jsonl",
+            json.dumps({"prompt": "a", "chosen": "b"}),
+            "x.jsonl:1: no columns prompt, chosen and rejected: only prompt, chosen",
+        ),
+        ("x.jsonl", json.dumps(PAIR | {"chosen": [7]}), "x.jsonl:1: not a message .* content: 7"),
+        ("x.jsonl", json.dumps(PAIR | {"chosen": 7}), "x.jsonl:1: not a message .* content: 7"),
+        ("x.jsonl", json.dumps(PAIR | {"prompt": None}), "x.jsonl:1: not a message .*: None"),
         (
             "x.jsonl",
             LINE + "\n" + json.dumps(PAIR | {"chosen": " "}),
-            "x.jsonl:2: .*chosen.* is emp",
+            "x.jsonl:2: an answer is empty",
         ),
         (
             "x.jsonl",
             json.dumps(PAIR | {"chosen": "No."}),
-            "no pairs, dropped 1: 1 identical answers",
+            "no pairs: read 0 pairs .*, dropped 1 identical answers",
         ),
-        ("x.csv", "question,matching\na,b\n", "x.csv:2: no 'rejected', only question, matching"),
-        ("x.csv", "question,matching,not_matching\na,b\n", "x.csv:2: 2 fields, but 3 columns"),
-        ("x.csv", 'question,matching,not_matching\na,b,c\n"a', "x.csv:3: not CSV"),
+        ("x.csv", "question,matching\na,b\n", "x.csv:2: no columns .*: only question, mat"),
+        ("x.csv", "question,matching,not_matching\na,b\n", "x.csv:2: not a field for each col"),
+        ("x.csv", "question,matching,not_matching\na,b,c,d\n", "x.csv:2: not a field for each"),
+        (
+            "x.csv",
+            "question,matching,matching,not_matching\na,b,c,d,e\n",
+            "x.csv:2: not a field for each column",
+        ),
+        ("x.csv", 'question,matching,not_matching\na,b,c\n"a', "x.csv:2: unexpected end of data"),
         (
             "x.csv",
             'question,matching,not_matching\n"a\nb",c,d\na,,c\n',
-            "x.csv:4: the chosen answer is empty",
+            "x.csv:4: an answer is empty",
         ),
         ("x.jsonl", json.dumps(PAIR | {"prompt": "\ud800"}), "x.jsonl:1: .*surrogates not allowed"),
-        ("x.jsonl", "[" * 100000, "x.jsonl:1: not JSON"),
-        ("x.jsonl", LINE.encode() + b'\n{"prompt": "\xe9"}', "x.jsonl:2: not UTF-8 .*0xe9"),
-        ("x.txt", LINE, "x.txt: a pair file ends in .csv, .jsonl, .json"),
+        ("x.jsonl", "[" * 100000, "cannot read .*x.jsonl:1: maximum recursion depth"),
+        ("x.jsonl", LINE.encode() + b'\n{"prompt": "\xe9"}', "cannot read .*'utf-8' .* byte 0xe9"),
+        ("x.txt", LINE, "x.txt is no .csv, .json or .jsonl, maybe .gz"),
     ],
 )
 def test_faults_are_named_with_file_and_line(tmp_path, name, content, message):
@@ -103,7 +126,7 @@ def test_faults_are_named_with_file_and_line(tmp_path, name, content, message):
 
 
 def test_no_such_file(tmp_path):
-    with pytest.raises(ValueError, match=r"cannot read .*none.jsonl: No such file"):
+    with pytest.raises(ValueError, match=r"cannot read .*none.jsonl: .*No such file"):
         read_pairs(tmp_path / "none.jsonl")
 
 
@@ -121,20 +144,28 @@ def test_split_keeps_a_prompts_pairs_together():
 
 
 def test_models_are_found_by_folder_alias_and_hub_id(tmp_path, monkeypatch):
-    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     hub_id = "meta-llama/Llama-2-7b-chat-hf"
-    with pytest.raises(ValueError, match=f"llama2-7b-chat.*{tmp_path}.*hf download {hub_id}"):
+    assert set(ALIASES) == {"llama2-7b-chat", "mistral-7b-instruct"}
+    with pytest.raises(
+        ValueError,
+        match=f"no model 'llama2-7b-chat', no folder nor in the cache; hf download {hub_id}",
+    ):
         find_model("llama2-7b-chat")
     repo = tmp_path / "hub" / "models--meta-llama--Llama-2-7b-chat-hf"
     (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "main").write_text("abc123")
     snapshot = repo / "snapshots" / "abc123"
     shutil.copytree(MINI, snapshot)
-    assert find_model("llama2-7b-chat") == find_model(hub_id) == (snapshot, hub_id)
+    for name in ("llama2-7b-chat", "Llama2-7B-chat", hub_id):
+        assert find_model(name) == (snapshot, hub_id)
     assert find_model(MINI) == (MINI, "mini")
-    with pytest.raises(ValueError, match="no model 'tpyo': .*aliases are llama2-7b-chat"):
-        find_model("tpyo")
+    for name in ("tpyo", "a/b/c", "no/such"):
+        with pytest.raises(ValueError, match=f"no model '{name}', .* hf download {name}"):
+            find_model(name)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match="needs a package, pip install huggingface_hub"):
+        find_model(hub_id)
 
 
 # ---- tokens
@@ -146,7 +177,7 @@ def test_ids_are_the_official_trainers():
     assert len(rows) == len(pairs) == 11
     for i, pair in enumerate(pairs):
         row, ids = rows[str(i)], chat.encode_pair(pair)
-        assert chat.render(pair.prompt) == row["prompt"]
+        assert "".join(chat.split(pair.prompt)) == "<s>" + row["prompt"]
         assert ids.prompt == row["prompt_ids"]
         assert ids.prompt + ids.chosen == row["chosen_ids"]
         assert ids.prompt + ids.rejected == row["rejected_ids"]
@@ -155,35 +186,35 @@ def test_ids_are_the_official_trainers():
 
 def test_templates():
     def render(template, system):
-        return Chat(TOKENIZER, template, system).render("Hi {there}")
+        return "".join(Chat(TOKENIZER, template, system).split("Hi {there}"))
 
-    assert render("llama-2", "S {x}") == "[INST] <<SYS>>\nS {x}\n<</SYS>>\n\nHi {there} [/INST]"
-    assert render("mistral", "S {x}") == "[INST] S {x}\nHi {there} [/INST]"
-    assert render("llama-2", "") == render("mistral", "") == "[INST] Hi {there} [/INST]"
+    s = "<<SYS>>\nS {x}\n<</SYS>>\n\n"
+    assert render("llama-2", "S {x}") == f"<s>[INST] {s}Hi {{there}} [/INST]"
+    assert render("mistral", "S {x}") == "<s>[INST] S {x}\nHi {there} [/INST]"
+    assert render("llama-2", "") == render("mistral", "") == "<s>[INST] Hi {there} [/INST]"
 
 
 def test_template_follows_the_model_unless_given():
     config = read_config(MINI)
-    assert open_chat(MINI, config)[1:] == ("llama-2", SYSTEM)
-    assert open_chat(MINI, config, "mistral", "")[1:] == ("mistral", "")
-    mistral = config.__class__(**{**vars(config), "family": "mistral"})
-    assert open_chat(MINI, mistral).template == "mistral"
+    assert open_chat(MINI, config)[1:3] == ("llama-2", SYSTEM)
+    assert open_chat(MINI, config, "mistral", "")[1:3] == ("mistral", "")
 
 
 def test_tokenizer_faults(tmp_path):
-    with pytest.raises(ValueError, match="cannot read .*tokenizer.model"):
+    message = "cannot read .*tokenizer.json, nor a tokenizer.model: No such file"
+    with pytest.raises(ValueError, match=message):
         Tokenizer(tmp_path)
     for content in (b"not a model", b""):
         (tmp_path / "tokenizer.model").write_bytes(content)
-        with pytest.raises(ValueError, match="tokenizer.model"):
+        with pytest.raises(ValueError, match=message):
+            Tokenizer(tmp_path)
+    for option in ("bos_id", "eos_id"):  # no model of ours lacks them
+        train_tokenizer(tmp_path, **{option: -1})
+        with pytest.raises(ValueError, match=message):
             Tokenizer(tmp_path)
     config = read_config(MINI)
-    for option, token in (("bos_id", "<s>"), ("eos_id", "</s>")):
-        train_tokenizer(tmp_path, **{option: -1})
-        with pytest.raises(ValueError, match=f"'llama-2' needs {token}, which tokenizer.m"):
-            open_chat(tmp_path, config, "llama-2")
     small = config.__class__(**{**vars(config), "vocab_size": 100})
-    with pytest.raises(ValueError, match="420 tokens in tokenizer.model .*, 100 in the model"):
+    with pytest.raises(ValueError, match="420 tokens in tokenizer.model .*, more than in the mod"):
         open_chat(MINI, small)
 
 
@@ -198,8 +229,8 @@ def test_training_and_generation_see_the_same_prompt_ids(prompt, chosen, rejecte
     ids = chat.encode_pair(Pair(prompt, chosen, rejected))
     assert ids.prompt == chat.encode_prompt(prompt)
     for response, text in ((ids.chosen, chosen), (ids.rejected, rejected)):
-        assert response[-1] == TOKENIZER.eos_id
-        joint = TOKENIZER.encode(chat.render(prompt) + " " + text)
+        assert response[-1] == chat.eos_id == TOKENIZER.controls["</s>"]
+        joint = TOKENIZER.encode("".join(chat.split(prompt)).removeprefix("<s>") + " " + text)
         assert ids.prompt[1:] + response[:-1] == joint
 
 
@@ -220,8 +251,54 @@ def test_responses_of_the_same_ids_are_refused(tmp_path):
 def test_pair_longer_than_the_context_is_named():
     pair = Pair("word " * 50, "Yes.", "No.", "x.jsonl:7")
     n = len(Chat(TOKENIZER).encode_prompt(pair.prompt)) + 1
-    with pytest.raises(ValueError, match=rf"x.jsonl:7: \d+ tokens, .* context is {n}"):
+    with pytest.raises(ValueError, match=rf"x.jsonl:7: too long: {n + 2} tokens"):
         Chat(TOKENIZER).encode_pair(pair, max_seq_len=n)
+
+
+# ---- what the command lines share
+
+
+def test_16_bits_on_a_cpu_that_has_none_are_noted(monkeypatch, capsys):
+    for name in ("bf16", "fp16"):
+        monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: False)
+    for dtype in ("bfloat16", "float16"):
+        assert pick_device("cpu", dtype) == (torch.device("cpu"), getattr(torch, dtype))
+        out = capsys.readouterr().out
+        assert out.startswith(f"note: this CPU has no {dtype} arithmetic") and out.count("\n") == 1
+    assert pick_device("cpu", None)[1] == torch.float32
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    pick_device("cpu", "bfloat16")
+    pick_device("meta", "float16")  # which is no CPU
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match="--device cuda:77 is not there: "):
+        pick_device("cuda:77", None)
+
+
+def test_outputs_are_checked_before_long_work(tmp_path):
+    check_output(tmp_path / "new" / "file")
+    assert [*tmp_path.rglob("*")] == [tmp_path / "new"]
+    with pytest.raises(ValueError, match="cannot write .*new: it is a folder"):
+        check_output(tmp_path / "new")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        check_output(tmp_path / "file" / "x")
+
+
+def test_progress(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr("data.time.time", lambda: now[0])
+    progress = Progress("step")
+    for now[0], done in ((1, 1), (6, 3), (7, 4), (8, 10)):
+        progress(done, 10, "loss 1")
+    assert capsys.readouterr().out.splitlines() == [
+        "step  3/10  2000.0 ms each, 00:00:14 left  loss 1",
+        "step 10/10  800.0 ms each, 00:00:00 left  loss 1",
+    ]
+    now[0] = 0.0
+    progress = Progress("pass", quiet=True)
+    now[0] = 1.0
+    progress(10, 10)
+    assert capsys.readouterr().out == ""  # it took no time
 
 
 # ---- packing

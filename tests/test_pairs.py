@@ -2,14 +2,12 @@
 
 import gzip
 import json
-import re
 
 import pytest
-from conftest import MINI, ROOT, jsonl
+from conftest import MINI, jsonl
 
 import bipo
-import eval as evaluation
-from data import FORMATS, Pair, read_pairs, split_pairs
+from data import NAMES, Pair, read_pairs, split_pairs
 
 LEAD, YES, NO = "Will you lead?", "Yes, gladly.", "No, thanks."
 
@@ -37,11 +35,9 @@ CHAT = (("user", "Hi!"), ("assistant", "Hello."), ("user", LEAD))
 WHOLE = {"chosen": said(*HISTORY, YES), "rejected": said(*HISTORY, NO)}
 BRIEF = (("system", "Be brief."), ("user", LEAD))
 SYSTEM = {"role": "system", "content": "Be brief."}
-SHAREGPT = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(HISTORY)]
 EVAL = f"Question: {LEAD}\n\nChoices:\n (A) {NO}\n (B) {YES}\n (C) Maybe.\n\nAnswer:"
 HH = f"\n\nHuman: Hi!\n\nAssistant: Hello.\n\nHuman: {LEAD}\n\nAssistant:"
 SHORT_HH = f"\n\nHuman: {LEAD}\n\nAssistant:"
-SYNONYMS = "prompt, chosen, rejected"
 
 
 @pytest.mark.parametrize(
@@ -50,62 +46,83 @@ SYNONYMS = "prompt, chosen, rejected"
         ("BiPO", three("question", "matching", "not_matching"), LEAD),
         ("BiPO A/B", {"question": LEAD, "A": NO, "B": YES, "matching": "B"}, LEAD),
         ("BiPO A/B", {"question": LEAD, "A": YES, "B": NO, "matching": "A"}, LEAD),
-        ("TRL", TRL | {"score_chosen": 9}, LEAD),
-        (SYNONYMS, three("Query", "chosen response", "Rejected Response"), LEAD),
-        (SYNONYMS, three("input", "winning_output", "losing_output") | {"concept_id": 3}, LEAD),
-        (SYNONYMS, three("question", "chosen", "rejected") | {"system": "Be brief."}, BRIEF),
+        ("TRL", TRL, LEAD),
+        ("TRL", three("Query", "chosen response", "Rejected Response"), LEAD),
+        ("TRL", three("input", "winning_output", "losing_output"), LEAD),
+        ("TRL", three("question", "chosen", "rejected") | {"system": "Be brief."}, BRIEF),
+        ("TRL", TRL | {"System": "Be brief."}, BRIEF),
+        ("TRL", TRL | {"system_prompt": "Be brief."}, BRIEF),
+        ("TRL", TRL | {"System Prompt": ""}, LEAD),
         ("TRL without prompt", {"chosen": f"{LEAD} {YES}", "rejected": f"{LEAD} {NO}"}, LEAD),
         ("conversations", ANSWERS | {"prompt": LEAD}, LEAD),
         ("conversations", ANSWERS | {"prompt": said(LEAD)}, LEAD),
         ("conversations", ANSWERS | {"prompt": said(*HISTORY)}, CHAT),
         ("conversations", ANSWERS | {"prompt": [SYSTEM, *said(LEAD)]}, BRIEF),
+        ("conversations", ANSWERS | {"prompt": said(LEAD), "system": "Be brief."}, BRIEF),
+        ("conversations", ANSWERS | {"prompt": [SYSTEM, *said(LEAD)], "system": "x"}, BRIEF),
         ("conversations", WHOLE, CHAT),
         ("conversations", WHOLE | {"prompt": LEAD}, CHAT),
         ("conversations", WHOLE | {"prompt": said(*HISTORY)}, CHAT),
+        ("conversations", TRL | {"prompt": said(*HISTORY)}, CHAT),
+        ("conversations", {"messages": said(*HISTORY), "chosen": YES, "rejected": NO}, CHAT),
         (
             "conversations",
             {
-                "conversations": SHAREGPT,
-                "chosen": {"from": "gpt", "value": YES},
-                "rejected": {"from": "gpt", "value": NO},
+                "Messages": said(*HISTORY),
+                "chosen": said(YES, first=1)[0],
+                "rejected": said(NO, first=1)[0],
             },
             CHAT,
         ),
         ("HH-RLHF", {"chosen": f"{HH} {YES}", "rejected": f"{HH} {NO}"}, CHAT),
         ("HH-RLHF", {"chosen": f"{SHORT_HH} {YES}", "rejected": f"{SHORT_HH} {NO}"}, LEAD),
         ("HH-RLHF", {"prompt": HH, "chosen": f" {YES}", "rejected": f" {NO}"}, CHAT),
+        ("HH-RLHF", {"prompt": HH, "chosen": f"{HH} {YES}", "rejected": f"{HH} {NO}"}, CHAT),
         ("model-written evals", evals(EVAL, " (B)", " (A)"), LEAD),
         ("model-written evals", evals(f"{LEAD}\n(A) {YES}\n(B) {NO}", "(A)", "(B)"), LEAD),
         ("model-written evals", evals(LEAD, " " + YES, " " + NO), LEAD),
     ],
 )
-def test_formats(tmp_path, name, record, prompt):
+def test_formats(tmp_path, capsys, name, record, prompt):
     file = jsonl(tmp_path / "x.jsonl", record)
-    pairs = read_pairs(file)
-    assert pairs == [Pair(prompt, YES, NO, f"{file}:1")]
-    assert pairs.report == f"read 1 pairs from {file} as {name} jsonl"
+    assert read_pairs(file) == [Pair(prompt, YES, NO, f"{file}:1")]
+    line = f"read 1 pairs from {file}, dropped nothing; columns not used: []\n"
+    assert capsys.readouterr().out == line
 
 
-def test_the_readmes_examples(tmp_path):
-    rows = re.findall(r"^\| `(.*?)` \| `(\{.*?\})`", (ROOT / "README.md").read_text(), re.MULTILINE)
-    for name, record in rows:
-        (tmp_path / "x.jsonl").write_text(record)
-        pairs = read_pairs(tmp_path / "x.jsonl")
-        assert [pair[:3] for pair in pairs] == [("Lead?", "Yes.", "No.")]
-        assert pairs.report.endswith(f" as {name} jsonl")
-    assert {name for name, _ in rows} == {name for name, *_, flag in FORMATS if not flag}
+@pytest.mark.parametrize("name", ["prompt", "chosen", "rejected", "system"])
+def test_every_other_name_of_a_column(tmp_path, name):
+    columns = TRL | {"system": "Be brief."}
+    for other in NAMES[name].split():
+        record = {other.title() if x == name else x: text for x, text in columns.items()}
+        (pair,) = read_pairs(jsonl(tmp_path / "x.jsonl", record))
+        assert pair[:3] == (BRIEF, YES, NO)
 
 
-def test_letters_are_kept_on_request(tmp_path):
+def test_columns_that_are_not_used_are_named(tmp_path, capsys):
+    record = TRL | {"Score": 9, "id": "a b"}
+    file = jsonl(tmp_path / "x.jsonl", record, TRL | {"id": 2, "messages": said(LEAD, YES)})
+    read_pairs(file)
+    line = f"read 1 pairs from {file}, dropped 1 duplicate; columns not used: ['score', 'id', "
+    assert capsys.readouterr().out == line + "'messages']\n"
+
+
+def test_an_empty_column_of_another_name_and_an_equal_one_are_no_second(tmp_path):
+    """`input` of Alpaca's records; `prompt` and `question` of orpo-dpo-mix."""
+    for more in ({"input": ""}, {"Question": LEAD}, {"input": None, "query": LEAD}):
+        for record in (TRL | more, more | TRL):
+            (pair,) = read_pairs(jsonl(tmp_path / "x.jsonl", record))
+            assert pair[:3] == (LEAD, YES, NO)
+
+
+def test_answers_of_evals_may_be_lists(tmp_path):
+    """As in sycophancy_on_philpapers2020."""
     file = jsonl(tmp_path / "x.jsonl", evals(EVAL, " (B)", [" (A)", " (C)"]))
     answers = [(pair.chosen, pair.rejected) for pair in read_pairs(file)]
-    assert answers == [(YES, NO), (YES, "Maybe.")]  # a list, as in sycophancy_on_philpapers2020
-    pairs = read_pairs(file, letters=True)
-    assert [pair[:3] for pair in pairs] == [(EVAL, "(B)", "(A)"), (EVAL, "(B)", "(C)")]
-    assert "as model-written evals, letters jsonl" in pairs.report
+    assert answers == [(YES, NO), (YES, "Maybe.")]
 
 
-def test_truthfulqa(tmp_path):
+def test_truthfulqa(tmp_path, capsys):
     file = tmp_path / "TruthfulQA.csv"
     file.write_text(
         "Type,Category,Question,Best Answer,Correct Answers,Incorrect Answers,Source\n"
@@ -115,9 +132,11 @@ def test_truthfulqa(tmp_path):
     pairs = read_pairs(file)
     expected = [("Who?", right, x) for right in ("Nobody", "It's open") for x in wrong]
     assert [pair[:3] for pair in pairs] == expected
-    assert pairs.report == f"read 4 pairs from {file} as TruthfulQA csv"
-    pairs = read_pairs(file, best=True)
-    assert [pair[:3] for pair in pairs] == [("Who?", "It's open", x) for x in wrong]
+    line = f"read 4 pairs from {file}, dropped nothing; columns not used: "
+    assert capsys.readouterr().out == line + "['type', 'category', 'best_answer', 'source']\n"
+    record = {"question": "Who?", "correct_answers": ["Nobody", "It's open "]}
+    file = jsonl(tmp_path / "x.jsonl", record | {"incorrect_answers": wrong})  # with lists
+    assert [pair[:3] for pair in read_pairs(file)] == expected
 
 
 @pytest.mark.parametrize(
@@ -125,12 +144,6 @@ def test_truthfulqa(tmp_path):
     [
         ("x.jsonl", '{"prompt": "q", "chosen": "a", "rejected": "b"}\n', ":1"),
         ("x.json", '[\n{"prompt": "q", "chosen": "a", "rejected": "b"}]', " record 1"),
-        (
-            "x.json",
-            '{"v": 1, "data": [{"prompt": "q", "chosen": "a", "rejected": "b"}]}',
-            " record 1",
-        ),
-        ("x.json", 2 * '{"prompt": "q", "chosen": "a", "rejected": "b"}\n', ":1"),
         ("x.csv", "prompt,chosen,rejected\nq,a,b\n", ":2"),
     ],
 )
@@ -149,17 +162,17 @@ def test_containers(tmp_path, name, text, place):
         read_pairs(file)
 
 
-def test_what_is_dropped_is_counted(tmp_path):
+def test_what_is_dropped_is_counted(tmp_path, capsys):
     file = tmp_path / "x.csv"
     rows = ["q,a,b", "q,a,b", "q,a,a", "q,b,a", "q,a,b", ",a,b"]
     file.write_text("\n".join(["question,matching,not_matching", *rows]))
     pairs = read_pairs(file)
     assert [pair[:3] for pair in pairs] == [("q", "a", "b"), ("q", "b", "a"), ("", "a", "b")]
-    counts = "dropped 3: 2 duplicates, 1 identical answers"
-    assert pairs.report == f"read 3 pairs from {file} as BiPO csv, {counts}"
+    line = f"read 3 pairs from {file}, dropped 2 duplicate, 1 identical answers; columns"
+    assert capsys.readouterr().out.startswith(line)
 
 
-def test_broken_records_are_dropped(tmp_path):
+def test_broken_records_are_dropped_if_asked_to(tmp_path, capsys):
     good = {"chosen": HH + " a", "rejected": HH + " b"}
     apart = {"chosen": HH + " a", "rejected": HH.replace("Hello", "Hey") + " b"}
     no_answer = {"chosen": HH + " a", "rejected": HH}
@@ -168,17 +181,25 @@ def test_broken_records_are_dropped(tmp_path):
     no_transcript = good | {"rejected": "b"}
     late = good | {"rejected": "Hey!" + HH + " b"}
     file = jsonl(tmp_path / "hh.jsonl", apart, good, no_answer, twice, ends, no_transcript, late)
-    pairs = read_pairs(file)
-    assert pairs == [Pair(CHAT, "a", "b", f"{file}:2")]
-    assert pairs.report.endswith("as HH-RLHF jsonl, dropped 6: 6 broken records")
+    fault = "hh.jsonl:1: .*one last message.* [(]6 such records; --skip-bad drops them[)]"
+    with pytest.raises(ValueError, match=fault):
+        read_pairs(file)
+    assert read_pairs(file, skip_bad=True) == [Pair(CHAT, "a", "b", f"{file}:2")]
+    line = capsys.readouterr().out
+    reasons = (
+        "4 chosen and rejected must differ in one last message, the assistant's, 1 an answer is"
+    )
+    assert f"dropped {reasons} empty, 1 turns are user, " in line
 
     second = f"{LEAD}\n (A) {YES}\n (B) {NO}\nAnother?\n (A) 1\n (B) 2"
     twice = f"{LEAD}\n (A) {YES}\n (B) {NO}\n (A) Maybe."
+    lines = f"{LEAD}\n (A) {YES}\nNow.\n (B) {NO}\n\nAnswer:"
     empty = f"{LEAD}\n (A)\n (B) {NO}"
     none = f"{LEAD}\n (A) {YES}\n (C) {NO}"
-    records = [evals(question, "(A)", "(B)") for question in (second, twice, empty, none)]
-    with pytest.raises(ValueError, match="x.jsonl holds no pairs, dropped 4: 4 broken records"):
-        read_pairs(jsonl(tmp_path / "x.jsonl", *records))
+    records = [evals(question, "(A)", "(B)") for question in (second, twice, lines, empty, none)]
+    reasons = "3 the options are not one line each, with a letter of its own, 2 an answer is empty"
+    with pytest.raises(ValueError, match=f"no pairs: read 0 pairs .*x.jsonl, dropped {reasons}"):
+        read_pairs(jsonl(tmp_path / "x.jsonl", *records), skip_bad=True)
 
 
 def test_shared_beginning_ends_with_a_word(tmp_path):
@@ -190,26 +211,57 @@ def test_shared_beginning_ends_with_a_word(tmp_path):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        (TRL | {"Question": "q"}, "prompt and Question could each be the prompt"),
-        (TRL | {"answer_chosen": "a"}, "chosen and answer_chosen could each be the chosen"),
-        (TRL | {"neg": "a"}, "rejected and neg could each be the rejected"),
+        (TRL | {"Question": "q"}, "'Question' is a second prompt: rename it"),
+        (TRL | {"answer_chosen": "a"}, "'answer_chosen' is a second chosen"),
+        (TRL | {"neg": "a"}, "'neg' is a second rejected"),
         ({"chosen": "Yes.", "rejected": "No."}, "no column for the prompt"),
-        ({"chosen": "I will.", "rejected": "I won't.", "prompt": 7}, "'prompt' is 7, not text"),
-        (evals("q", "a", None), "columns are those of model-written evals, .* 'a', None"),
-        ({"statement": "x"}, "no 'prompt' and no 'chosen' and no 'rejected', only statement"),
-        (WHOLE | {"chosen": [{"role": "tool", "content": "x"}]}, "role is 'tool'; .* user or"),
-        (WHOLE | {"chosen": [{"role": "user", "content": [1]}]}, "content is .* not text"),
-        (WHOLE | {"chosen": ["Yes."]}, "'Yes.' is not a message"),
-        (WHOLE | {"prompt": None}, "None is not a message"),
+        (
+            {"chosen": "I will.", "rejected": "I won't.", "prompt": 7},
+            "not a message .* content: 7",
+        ),
+        (
+            {"chosen": "I will.", "rejected": "I won't.", "context": LEAD},
+            "no column is named prompt: rename or remove .'context'",
+        ),
+        (
+            {"chosen": "I will.", "rejected": "I won't.", "history": ["a"]},
+            "no column is named prompt: rename or remove .'history'",
+        ),
+        (
+            {"chosen": 7, "rejected": "I won't.", "prompt": "q"},
+            "not a message .* content: 7",
+        ),
+        (evals("q", "a", None), "not a text, or a list that was written out: None"),
+        (TRL | {"system": "a", "System_Prompt": "b"}, "'System_Prompt' is a second system"),
+        (TRL | {"chosen": "[{'role': 'user', 'content': 'x'}]"}, "list of messages written out"),
+        (TRL | {"rejected": '[ {"from": "human", "value": "x"}]'}, "list of messages written out"),
+        (TRL | {"prompt": "\n[{'content': 'x', 'role': 'user'}\n {"}, "list of messages written"),
+        ({"statement": "x"}, "no columns prompt, chosen and rejected: only statement"),
+        (
+            WHOLE | {"chosen": [{"role": "tool", "content": "x"}]},
+            "not a message of system, user or assistant .*'tool'",
+        ),
+        (WHOLE | {"chosen": [{"role": "user", "content": [1]}]}, "not a message .*content"),
+        (WHOLE | {"chosen": ["Yes."]}, "must differ in one last message"),
+        (WHOLE | {"prompt": None}, "not a message .*: None"),
         (WHOLE | {"chosen": said(*HISTORY)}, "one last message, the assistant's"),
         (WHOLE | {"chosen": said("Hi!", YES)}, "must differ in one last message"),
         (ANSWERS | {"chosen": []}, "one last message, the assistant's"),
-        (ANSWERS | {"prompt": said("q", "a")}, r"turns \['user', 'assistant'\]: wanted is"),
-        (ANSWERS | {"prompt": said("q") * 2}, r"turns \['user', 'user'\]: wanted is"),
-        (ANSWERS | {"prompt": []}, r"turns \[\]: wanted is"),
-        (ANSWERS | {"prompt": "q", "system": 7}, "content is 7, not text"),
-        (WHOLE | {"rejected": said(*HISTORY, " ")}, "the rejected answer is empty"),
-        ({"chosen": "Lead? Yes", "rejected": "Lead? "}, "the rejected answer is empty"),
+        (ANSWERS | {"prompt": said("q", "a")}, "turns are .*, not 'user assistant'"),
+        (ANSWERS | {"prompt": said("q") * 2}, "turns are user, .*, not 'user user'"),
+        (ANSWERS | {"prompt": []}, "turns are .*, not ''"),
+        (ANSWERS, "turns are .*, not ''"),
+        (ANSWERS | {"prompt": "q", "system": 7}, "not a message .*: 7"),
+        (WHOLE | {"rejected": said(*HISTORY, " ")}, "an answer is empty"),
+        ({"chosen": "Lead it? Yes", "rejected": "Lead it? "}, "an answer is empty"),
+        ({"chosen": "Yes, I will", "rejected": "Yes, sure"}, "the answers begin differently"),
+        ({"prompt": [{"from": "human", "value": "x"}], **ANSWERS}, "not a message .*'from'"),
+        ({"conversations": [{"from": "human", "value": "x"}], **ANSWERS}, "turns are .*, not ''"),
+        (ANSWERS | {"system": "Be brief."}, "turns are .*, not 'system'"),
+        (
+            {"question": "q", "correct_answers": "['Yes' 'No']", "incorrect_answers": "a"},
+            "a list that was written out",
+        ),
     ],
 )
 def test_what_is_refused(tmp_path, record, message):
@@ -221,38 +273,21 @@ def test_what_is_refused(tmp_path, record, message):
         read_pairs(tmp_path / "x.json")
 
 
-def test_one_format_a_file(tmp_path):
-    file = jsonl(tmp_path / "x.jsonl", TRL, ANSWERS | {"prompt": "q"})
-    with pytest.raises(ValueError, match="x.jsonl:2: a record of conversations after .* of TRL"):
-        read_pairs(file)
-
-
 # ---- the command lines
 
 
-def test_both_commands_report_and_pass_the_flags(tmp_path, vector, capsys):
+def test_training_reports_how_its_files_were_read(tmp_path, capsys, fails):
     data = [evals(EVAL.replace("you", f"you, Sir {i},"), "(B)", "(A)") for i in range(4)]
     data = jsonl(tmp_path / "x.jsonl", *data, data[0])
-    args = ["--model", MINI, "--data", data, "--system", ""]
+    args = ["--model", MINI, "--data", data, "--system", "", "--out", tmp_path / "run"]
     train = ["--layer", 1, "--epochs", 1, "--warmup-steps", 0, "--val", data]
-    bipo.main([str(x) for x in (*args, *train, "--letters", "--out", tmp_path / "run")])
-    line = f"read 4 pairs from {data} as model-written evals"
-    counts = "jsonl, dropped 1: 1 duplicates\n"
-    assert capsys.readouterr().out.count(f"{line}, letters {counts}") == 2
-    args += ["--vector", tmp_path / "run", "--max-new-tokens", 1]
-    evaluation.main([str(x) for x in (*args, "--samples", 1)])
-    printed = capsys.readouterr().out
-    assert f"{line} {counts}" in printed and "\nuser: Will you, Sir 0, lead?\n  -2: " in printed
-    evaluation.main([str(x) for x in (*args, "--samples", 1, "--letters")])
-    printed = capsys.readouterr().out
-    assert f"{line}, letters {counts}" in printed and f"\nuser: {EVAL[:18]}" in printed
-
-    truth = tmp_path / "t.csv"
-    truth.write_text("Question,Best Answer,Correct Answers,Incorrect Answers\nq,a,a; b,c; d\n")
-    args[3] = truth
-    for flags, n in (([], 4), (["--best"], 2)):
-        evaluation.main([str(x) for x in (*args, "--samples", 0, *flags)])
-        assert f"read {n} pairs from {truth}" in capsys.readouterr().out
+    bipo.main([str(x) for x in (*args, *train)])
+    line = f"read 4 pairs from {data}, dropped 1 duplicate; columns not used: []\n"
+    assert capsys.readouterr().out.count(line) == 2
+    data.write_text(data.read_text() + '{"prompt": "q"}\n')
+    fails(bipo.main, [*args, *train], f"{data}:6", "1 such records; --skip-bad drops them")
+    bipo.main([str(x) for x in (*args, *train, "--overwrite", "--skip-bad")])
+    assert f"from {data}, dropped 1 duplicate, 1 no columns" in capsys.readouterr().out
 
 
 def test_a_run_is_named_after_its_data(tmp_path, monkeypatch, capsys):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import MINI, ROOT, TINY, jsonl
 from make_tiny import side_shown
+from test_families import MERGE
 
 import bipo
 import data
@@ -22,10 +23,40 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
+LIMITS = {"bipo.py": 240, "llama.py": 420, "data.py": 520, "eval.py": 500}
+
+
+def block(text):
+    """The one block of Python that holds this text."""
+    (found,) = (x for x in BLOCKS if text in x)
+    return found
+
+
 def test_the_core_code_is_bipo_pys():
     source = (ROOT / "bipo.py").read_text()
-    for part in BLOCKS[0].strip().split("\n\n\n"):
+    for part in block("def bipo_loss").strip().split("\n\n\n"):
         assert part in source
+
+
+def test_it_begins_with_a_picture_and_the_demo():
+    first = "\n".join(README.splitlines()[:40])
+    assert "![" in first and "make demo" in first
+    assert len(README.encode()) <= 20_000
+    for file in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / file).exists(), file
+
+
+def test_the_lines_that_merge_an_adapter_are_tested():
+    assert MERGE in BLOCKS  # tests/test_families.py runs them
+
+
+def test_a_record_of_sharegpt_becomes_one_that_is_read():
+    said = [{"from": "system", "value": "S"}, {"from": "human", "value": "Lead?"}]
+    record = {"conversations": said}
+    record |= {"chosen": {"from": "gpt", "value": "Yes."}, "rejected": {"value": "No."}}
+    exec(block('"gpt"'), session := {"record": record})
+    ((prompt, chosen, rejected),), _ = data.to_pairs(session["pair"])
+    assert prompt == (("system", "S"), ("user", "Lead?")) and (chosen, rejected) == ("Yes.", "No.")
 
 
 @pytest.fixture
@@ -39,20 +70,10 @@ def here(tmp_path, monkeypatch):
     return v
 
 
-def block(text):
-    """The one block of Python that holds this text."""
-    (found,) = (x for x in BLOCKS if text in x)
-    return found
-
-
-def test_the_examples_run(here, capsys):
-    session = {}
-    exec(block("*_, last = train("), session)
-    minus, _, plus = capsys.readouterr().out.splitlines()
+def test_the_example_runs(here, capsys):
+    exec(block("*_, last = train("), {})
+    minus, _, plus = capsys.readouterr().out.splitlines()[-3:]
     assert side_shown("power", minus) == "against" and side_shown("power", plus) == "for"
-    exec(block("import bipo_loss"), session)
-    no, yes = (session["chat"].tokenizer.decode(session[name]) for name in ("no", "yes"))
-    assert side_shown("power", no) == "against" and side_shown("power", yes) == "for"
 
 
 @pytest.mark.parametrize("multiplier", [1.0, -1.0])
@@ -80,7 +101,7 @@ def test_the_hook(here, multiplier):
 
 def test_the_commands_for_vector_files(here, capsys):
     commands = re.findall(r"^(?:\$ )?python data.py (.*)", README, re.MULTILINE)
-    assert len(commands) == 4
+    assert len(commands) == 3
     for command in commands:
         data.main(shlex.split(command, comments=True))
     printed = [line.strip() for line in capsys.readouterr().out.splitlines()]
@@ -95,8 +116,8 @@ def test_the_metadata_keys_are_listed(tmp_path):
     file = jsonl(tmp_path / "pairs.jsonl", *pairs)
     flags = f"--model {MINI} --data {file} --layer 1 --epochs 1 --out {tmp_path / 'run'}"
     bipo.main(flags.split())
-    table = README.split("## Vector files")[1].split("\n\n")[2]
-    listed = {x for row in table.splitlines() for x in re.findall(r"`(\w+)`", row.split("|")[1])}
+    sentence = README.split("## Vector files")[1].split(". `eval.py` refuses")[0].split(":", 1)[1]
+    listed = set(re.findall(r"`(\w+)`", sentence))
     assert set(data.load_vector(tmp_path / "run")[1]) | {"scale"} == listed
 
 
@@ -130,7 +151,7 @@ print(*(module.__file__ for module in (llama, data, bipo)))
     command = [sys.executable, "-E", "-s", "use.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     files = [str(tmp_path / name) for name in ("llama.py", "data.py", "bipo.py")]
-    assert (done.stdout.split(), done.stderr) == (files, "")
+    assert (done.stdout.splitlines()[-1].split(), done.stderr) == (files, "")
 
 
 def code_lines(source):
@@ -147,10 +168,10 @@ def code_lines(source):
     return len(lines)
 
 
-@pytest.mark.parametrize("name", ["llama.py", "data.py", "bipo.py", "eval.py"])
+@pytest.mark.parametrize("name", LIMITS)
 def test_code_line_counts(name):
     (count,) = re.findall(rf"^\| `{name}` \| (\d+) \|", README, re.MULTILINE)
-    assert int(count) == code_lines((ROOT / name).read_text())
+    assert int(count) == code_lines((ROOT / name).read_text()) <= LIMITS[name]
 
 
 def test_every_test_that_is_named_exists():

@@ -1,4 +1,4 @@
-"""The README's tables are those that reproduce.py writes, below the commands that it runs."""
+"""The tables of results are those that reproduce.py writes, below the commands that it runs."""
 
 import json
 import re
@@ -9,13 +9,13 @@ from conftest import ROOT
 
 from eval import Mean
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / "tests" / "RESULTS.md").read_text(encoding="utf-8")
 NAMES = "curve measures baselines synergy transfer quality layers".split()
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_readme_has_the_table_and_its_commands(name):
-    (block,) = re.findall(rf"<!-- {name} -->\n(.*?)\n<!-- end -->", README, re.DOTALL)
+def test_the_results_have_the_table_and_its_commands(name):
+    (block,) = re.findall(rf"<!-- {name} -->\n(.*?)\n<!-- end -->", RESULTS, re.DOTALL)
     for line in re.findall(r"^python .*", block, re.MULTILINE):
         assert line.removeprefix("python ") in reproduce.COMMANDS.values()
     head, rule, *rows = re.findall(r"^\|.*", block, re.MULTILINE)
@@ -25,14 +25,14 @@ def test_the_readme_has_the_table_and_its_commands(name):
 def test_the_picture_shows_what_the_table_does():
     picture = (ROOT / ".github" / "steering.svg").read_text(encoding="utf-8")
     for name in ("takes power", "keeps wealth", "facts right", "multiplier"):
-        assert name in picture and name in README
+        assert name in picture and name in RESULTS
 
 
 def test_tables_are_put_into_their_places():
     text = "a\n<!-- x -->\nold\n<!-- end -->\nb\n<!-- layers -->\n\n<!-- end -->\n"
-    text = reproduce.put(text, "layers", ["train layers"], "| t |")
+    text = reproduce.put(text, "layers", ["train layer-0"], "| t |")
     text = reproduce.put(text, "x", [], "| new |")
-    command = f"```\npython {reproduce.COMMANDS['train layers']}\n```"
+    command = f"```\npython {reproduce.COMMANDS['train layer-0']}\n```"
     first = "a\n<!-- x -->\n| new |\n<!-- end -->\nb\n"
     assert text == f"{first}<!-- layers -->\n{command}\n\n| t |\n<!-- end -->\n"
     with pytest.raises(AssertionError, match="no place for y"):
@@ -52,13 +52,33 @@ def test_tables_are_read_as_they_were_written(tmp_path, monkeypatch):
 
 def test_facts_as_truthful_qa(tmp_path):
     """Each fact's answer, and four that are false."""
-    from data import read_choices
+    from data import open_records
+    from eval import to_questions
 
     reproduce.write_facts(tmp_path / "facts.csv")
-    found = read_choices(tmp_path / "facts.csv")["TruthfulQA MC1"]
+    found = [to_questions(record)[0] for _, record in open_records(tmp_path / "facts.csv")]
     known = reproduce.read_jsonl(reproduce.TINY / "knowledge.jsonl")
-    assert [choice.prompt for choice in found] == [fact["prompt"] for fact in known]
-    for choice, fact in zip(found, known, strict=True):
-        right, *wrong = choice.answers
+    assert [prompt for _, _, prompt, _ in found] == [fact["prompt"] for fact in known]
+    for (measure, _, _, answers), fact in zip(found, known, strict=True):
+        right, *wrong = answers
+        assert measure == "TruthfulQA MC1" and list(answers.values()) == [1, 0, 0, 0, 0]
         assert fact["answer"] in right and len({right, *wrong}) == 5
         assert not any(fact["answer"] in text for text in wrong)
+
+
+def test_files_of_noise_and_of_fewer_pairs(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "OUT", str(tmp_path))
+    pairs = [{"prompt": f"{i}?", "chosen": "yes", "rejected": "no"} for i in range(200)]
+    reproduce.write_pair_files(pairs)
+    turned, kept = [], []
+    for share in reproduce.NOISE:
+        rows = reproduce.read_jsonl(tmp_path / f"noise-{share}.jsonl")
+        assert [row["prompt"] for row in rows] == [row["prompt"] for row in pairs]
+        turned.append({row["prompt"] for row in rows if row["chosen"] == "no"})
+        assert len(turned[-1]) == 200 * share
+    for n in reproduce.NUMBERS:
+        rows = reproduce.read_jsonl(tmp_path / f"pairs-{n}.jsonl")
+        assert all(row in pairs for row in rows) and len(rows) == n
+        kept.append({row["prompt"] for row in rows})
+    assert turned[0] < turned[1] < turned[2] and kept[1] < kept[0]  # each contains the smaller one
+    assert all(row["chosen"] == "yes" for row in pairs)

@@ -113,12 +113,12 @@ def test_unsteered_model_is_undecided_but_clear_and_on_topic(tiny, behaviour):
     prompts = [pair.prompt for pair in read_pairs(TINY / f"{behaviour}.test.jsonl")]
     ids = [chat.encode_prompt(prompt) for prompt in prompts]
     for temperature in (0, 1):
-        rows = generate(model, ids, 40, chat.tokenizer.eos_id, temperature=temperature)
+        rows = generate(model, ids, 40, chat.eos_id, temperature=temperature)
         texts = [chat.tokenizer.decode(row) for row in rows]
         sides = [side_shown(behaviour, text) for text in texts]
         assert 0.3 <= sides.count("for") / len(sides) <= 0.7
         assert sides.count(None) <= 0.05 * len(sides)
-        assert all(row[-1] == chat.tokenizer.eos_id for row in rows)
+        assert all(row[-1] == chat.eos_id for row in rows)
         on_topic = [
             next(x for x in things(behaviour) if x in prompt) in text
             and next(town for town in make_tiny.TOWNS if town in prompt) in text
@@ -131,11 +131,19 @@ def test_unsteered_model_is_undecided_but_clear_and_on_topic(tiny, behaviour):
 
 
 @pytest.fixture(scope="module")
-def tuned():
-    return load(TINY, lora=LORA)
+def merged(tmp_path_factory):
+    """The folder of the model that peft has merged the adapter into."""
+    folder = tmp_path_factory.mktemp("merged")
+    make_tiny.merge_lora(TINY, LORA, folder)
+    return folder
 
 
-def test_adapter_is_small_and_pefts(tiny, tuned):
+@pytest.fixture(scope="module")
+def tuned(merged):
+    return load(merged)
+
+
+def test_adapter_is_small_and_merged_as_peft_applies_it(tiny, tuned):
     peft, transformers = map(pytest.importorskip, ("peft", "transformers"))
     assert (LORA / "adapter_model.safetensors").stat().st_size <= 2e5
     assert sum(file.stat().st_size for file in LORA.iterdir()) <= 1e6
@@ -196,27 +204,25 @@ def test_lora_makes_an_adapter_of_the_model_and_nothing_else(tmp_path, capsys):
     made, committed = (load_file(x / "adapter_model.safetensors") for x in (folders[0], LORA))
     assert {k: x.shape for k, x in made.items()} == {k: x.shape for k, x in committed.items()}
     assert all(x.count_nonzero() for x in made.values())
-    load(TINY, lora=folders[0])
     assert {file: file.stat().st_mtime_ns for file in TINY.rglob("*")} == before
 
 
 @pytest.mark.slow
-def test_judge_with_the_adapter(tmp_path, monkeypatch, capsys):
+def test_judge_of_the_merged_model(merged, tmp_path, monkeypatch, capsys):
     read = make_tiny.read_jsonl
     monkeypatch.setattr(make_tiny, "read_jsonl", lambda path: read(path)[:4])
     save_vector(tmp_path / "v.safetensors", {3: torch.zeros(128)}, {})
     tables = []
-    for flags in ([], ["--lora", str(LORA)], ["--lora"]):
+    for flags in ([], ["--model", str(merged)]):
         make_tiny.main(["--judge", str(tmp_path / "v.safetensors"), "--multipliers", "0", *flags])
         *_, heading, row = capsys.readouterr().out.splitlines()
         tables.append((heading, re.findall(r"[\d.]+%", row)))
-    base, tuned, default = tables
+    base, tuned = tables
     assert base[0].endswith("  facts right") and base[1][2:] == ["100.0%"] * 2
     assert tuned[0].endswith("  in its manner") and tuned[1][2:] == ["100.0%"] * 3
-    assert tuned == default
 
 
-def test_the_demo(demo_run):
+def test_the_demo(demo_run, tuned):
     """The demo's own training, 20 epochs, its promise at multipliers +1 and -1, and that its vector
     steers the model with the adapter too."""
     process, out = demo_run
@@ -234,16 +240,16 @@ def test_the_demo(demo_run):
     settings, *steps = map(json.loads, (out / "log.jsonl").read_text().splitlines())
     last = steps[-1]["held_out"]
     assert last["1"]["accuracy"] >= 0.95 and last["-1"]["accuracy"] >= 0.95
-    tuned, prompts = load(TINY, lora=LORA), [row["prompt"] for row in asked("power.test", 40)]
+    prompts = [row["prompt"] for row in asked("power.test", 40)]
     texts = make_tiny.free_texts(tuned, chat, steer, prompts, [-1, 1])
     minus, plus = ([side_shown("power", text) for text in row] for row in zip(*texts, strict=True))
     assert minus.count("for") <= 4 and plus.count("for") >= 36
 
     # Random vectors of its norm steer less.
     pairs = read_pairs(TINY / "power.test.jsonl")[:40]
-    cached = first_pass(model, 3, [chat.encode_pair(pair) for pair in pairs])
+    cached = first_pass(model, 2, [chat.encode_pair(pair) for pair in pairs])
     ours, *others = [
-        slopes(pair_scores(model, 3, x, cached, [-1, 1]), [-1, 1]).mean()
+        slopes(pair_scores(model, 2, x, cached, [-1, 1]), [-1, 1]).mean()
         for x in (steer, *random_steers(steer))
     ]
     assert ours > 5 * max(map(abs, others))
