@@ -84,7 +84,7 @@ MAX_TOKENS = 1024  # that run at a time: it bounds the memory and, but for round
 
 
 def parts(ids):
-    """Slices of a list of PairIds: as many in a row as hold MAX_TOKENS tokens, at least one."""
+    """Slices of a list of PairIds, each of at most MAX_TOKENS tokens, or of one longer pair."""
     start = total = 0
     for i, pair in enumerate(ids):
         if total + length(pair) > MAX_TOKENS and i > start:
@@ -141,14 +141,16 @@ class Recipe:
     weight_decay: float = setting(0.05, "AdamW's, per unit of learning rate", zero=True)
     warmup_steps: int = setting(100, "steps from rate 0 to the peak", zero=True)
     epochs: int = setting(20, "passes over the pairs; each saves a vector")
-    schedule_epochs: int = setting(0, "epochs until the rate is 0 again; 0: epochs", zero=True)
+    schedule_epochs: int = setting(
+        0, "epochs after which the rate is 0; 0: as many as --epochs", zero=True
+    )
     clip_norm: float = setting(1.0, "largest norm of v's gradient")
 
     def __post_init__(self):
         for f in fields(self):
             value = getattr(self, f.name)
             if not 0 <= value < 1e6 or (value == 0 and not f.metadata["zero"]):
-                raise ValueError(f"{f.name} is {value}, which is out of range")
+                raise ValueError(f"{f.name} is {value}, which is not between 0 and 1000000")
 
 
 PRESETS = {"paper": Recipe(), "official": Recipe(weight_decay=0.0, schedule_epochs=100)}
@@ -277,7 +279,7 @@ def run(args):
         print(f"{name:10}  {value}".rstrip())
     n_steps = recipe.epochs * math.ceil(len(pairs) / recipe.batch_size)
     if recipe.warmup_steps >= n_steps:
-        print(f"note: all {n_steps} steps are warm-up; see --warmup-steps")
+        print(f"note: all {n_steps} steps are warm-up; lower --warmup-steps below that")
 
     # 2. what does not depend on v; the blocks up to the layer come one at a time, the others stay
     checkpoint.read(layer + 1, config.n_layers)

@@ -75,9 +75,9 @@ def find_model(name):
     ValueError if it is not there."""
     if Path(name).is_dir():
         return Path(name), Path(name).resolve().name
-    hub_id, hub = ALIASES.get(str(name).lower(), str(name)), optional("huggingface_hub")
-    with named(f"no model {name!r}, no folder nor in the cache; hf download {hub_id}", Exception):
-        return Path(hub.snapshot_download(hub_id, local_files_only=True)), hub_id
+    hub = ALIASES.get(str(name).lower(), str(name))
+    with named(f"no model {name!r}: no folder, nor in the cache; hf download {hub}", Exception):
+        return Path(optional("huggingface_hub").snapshot_download(hub, local_files_only=True)), hub
 
 
 # ---- Pairs ---------------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def checked(prompt, chosen, rejected, system=None):
     before = turns(prompt, "user")
     if before[-1:] == [("assistant", "")]:  # the transcript of a prompt ends with "Assistant:"
         before, answers = before[:-1], [(role, text.strip()) for role, text in answers]
-    if context[: len(before)] != before and not (context and isinstance(prompt, str)):
+    if context[: len(before)] != before and not (isinstance(prompt, str) and before[-1] in context):
         context = before + context
     if system and "system" not in dict(context):
         context = turns(system, "system") + context
@@ -690,10 +690,10 @@ def add_model_flags(parser):
 
 
 def add_pair_flags(parser, several=False):
-    """Likewise; `several` files, or none, or else one."""
+    """The flags for pairs; several: --data takes any number of files, also none."""
     add = parser.add_argument_group("pairs").add_argument
     number = {"nargs": "+", "default": []} if several else {"required": True}
-    add("--data", type=Path, help=".csv, .json, .jsonl, .gz; formats: README", **number)
+    add("--data", type=Path, help=".csv, .json or .jsonl, also .gz; columns: to_pairs", **number)
     add("--skip-bad", action="store_true", help="drop records that hold no pair, and count them")
 
 
@@ -727,7 +727,7 @@ def read_sets(args):
 
 
 class Progress:
-    """Prints 'step 40/160  12.5 ms each, 00:00:02 left' and more, every few seconds and at the end.
+    """Prints 'step 40/160  12.5 ms each, 0.1 min left' and more, every few seconds and at the end.
 
     quiet: not at the end, if that comes within a few seconds of the line before.
     """
@@ -740,7 +740,7 @@ class Progress:
         if now - self.printed < 5 and (done < total or self.quiet):
             return
         self.printed, each = now, (now - self.began) / done
-        left = time.strftime("%H:%M:%S", time.gmtime(each * (total - done)))
+        left = f"{each * (total - done) / 60:.1f} min"
         line = f"{self.what} {done:{len(str(total))}}/{total}  {1000 * each:.1f} ms each, {left}"
         print(f"{line} left  {more}".rstrip(), flush=True)
 
@@ -759,7 +759,7 @@ def run(args):
         print(f"layer {layer}, width {len(v)}, |v| {v.norm():.3f}")
     for key, text in sorted(metadata.items()):
         print(f"  {key:10}  {text}".rstrip())
-    if args.out.suffix == ".gguf":
+    if args.command == "convert" and args.out.suffix == ".gguf":
         flags = f"--control-vector-scaled {args.out}:1.0 --control-vector-layer-range"
         print(f"llama-cli -m MODEL.gguf {flags} {min(vectors)} {max(vectors)}")
 
@@ -768,7 +768,7 @@ def main(argv=None):
     parser = Parser(prog="data.py", description="A vector file: its content, or another format.")
     parser.add_argument("command", choices=("show", "convert"), help="show IN, or convert IN OUT")
     parser.add_argument("vector", metavar="IN", type=Path, help=".safetensors, .pt or .gguf")
-    parser.add_argument("out", metavar="OUT", type=Path, nargs="?", default=Path(), help="likewise")
+    parser.add_argument("out", metavar="OUT", type=Path, nargs="?", default=Path(), help="new file")
     parser.add_argument("--layer", type=int, help=LAYER_HELP)
     parser.add_argument("--scale", type=float, default=1.0, help="multiply the vector in OUT")
     run_or_exit(parser, run, argv)

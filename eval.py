@@ -208,8 +208,8 @@ def read_choices(path, chat, limit, first=None):
     for file in sorted(path.glob("*.csv")) or [path]:
         records = data.open_records(file)
         if ".csv" in file.suffixes and "Best Answer" not in data.read_text(file).split("\n")[0]:
-            rows = csv.reader(io.StringIO(data.read_text(file), newline=""))
-            rows = enumerate(rows, 1)  # MMLU's, some with a header that ends in "answer"
+            # MMLU's rows, in some files with a header that ends in "answer"
+            rows = enumerate(csv.reader(io.StringIO(data.read_text(file), newline="")), 1)
             records = [(f" row {n}", x) for n, x in rows if x[-1:] not in (["answer"], ["Answer"])]
         for place, record in list(records)[:first]:
             with data.named(f"{file}{place}", (AttributeError, LookupError, TypeError, ValueError)):
@@ -242,7 +242,7 @@ def choice_rows(choices, logps, multipliers):
 
 # ---- Free answers --------------------------------------------------------------------------------
 
-MAX_CACHE = 16384  # tokens of answers that are made at a time: 8 GiB of a 7B model in 16 bits
+MAX_CACHE = 16384  # tokens of prompts and answers in the cache at a time: 8 GiB of a 7B in 16 bits
 REPEATED, UNLIKELY = 0.3, 3.0  # from here on an answer is degenerate: share; nats per token
 REFUSALS = ("i'm sorry", "i am sorry", "sorry,", "i apologize", "my apologies", "i can't",
     "i cannot", "i can not", "i'm not able", "i am not able", "i'm unable", "i am unable",
@@ -449,8 +449,9 @@ def open_all(args):
     describes this model). Template and system prompt are by default those of the first vector."""
     specs, steers = {spec: split_spec(spec) for spec in args.vector}, {}
     _, first = data.load_vector(split_spec(args.vector[0])[0], args.layer)
+    # Another template comes with its own system prompt.
+    args.system = first.get("system") if (args.template or args.system) is None else args.system
     args.template = args.template or first.get("template")
-    args.system = first.get("system") if args.system is None else args.system
     path, name, config, chat, device, dtype = data.open_model(args)
     print(f"{name}, {dtype}, {device}, {chat.template} template, system {chat.system!r}")
     this = {"base_model": name, "n_layers": str(config.n_layers), "template": chat.template}
@@ -495,7 +496,6 @@ def baselines(args, model, whole, training, this):
         if name == "random":
             steers = random_steers(whole)
         elif name in ("caa", "freeform"):
-            data.require(training, "caa and freeform are computed from --pairs: give it")
             (_, ids, letters, _), last = training, name == "caa"
             steers = [{i: mean_difference(model, i, letters if last else ids, last) for i in whole}]
             if args.save:
@@ -530,6 +530,8 @@ def run(args):
     """Tables and answers for a steering vector; see also eval.py chat | judge | pairs --help."""
     # 1. everything that can be wrong, before any long work
     data.require(args.data or args.choices or args.prompts, "give --data, --choices or --prompts")
+    needs_pairs = {"caa", "freeform"} & {*args.baseline}
+    data.require(args.pairs or not needs_pairs, "caa, freeform are computed from --pairs: give it")
     for path in filter(None, (args.plot, args.json)):
         data.check_output(path)
     if args.plot:
@@ -727,17 +729,17 @@ def add_flags(parser, command):
         data.add_model_flags(parser)
         add("--max-new-tokens", type=int, default=n, help=f"of an answer (default: {n})")
     if command in ("", "chat"):
-        add("--vector", nargs="+", required=True, metavar="FILE[:MULTIPLIER]", help="they add up")
+        add("--vector", nargs="+", required=True, metavar="FILE[:M]", help="different, to be added")
         add("--layer", type=int, help=data.LAYER_HELP)
     if command == "":
         data.add_pair_flags(parser, several=True)
         add("--multipliers", type=float, nargs="+", default=[-2, -1, 1, 2], help="always with 0")
-        add("--ab", action="store_true", help="A/B questions, which take as long again")
+        add("--ab", action="store_true", help="with --data: A/B questions, as long again")
         add("--choices", type=Path, nargs="+", default=[], help="MMLU's .csv, TruthfulQA")
         add("--first", type=int, help="questions of each of these files (default: all)")
         add("--prompts", type=Path, help="to be answered instead of the pairs' prompts")
         add("--samples", type=int, default=20, help="prompts answered (default: 20)")
-        add("--baseline", nargs="+", default=[], help="caa, freeform, random (5) or vector files")
+        add("--baseline", nargs="+", default=[], help="with --data: caa, freeform, random or files")
         add("--pairs", type=Path, help="training pairs, for caa and freeform")
         add("--save", type=Path, metavar="DIR", help="folder for caa and freeform as vector files")
         add("--system-prompts", nargs=2, default=[], help="sentences for and against")

@@ -47,7 +47,7 @@ class Config:
 
     def __post_init__(self):
         for name, value in asdict(self).items():
-            kind = self.__annotations__[name]
+            kind = type(self).__annotations__[name]
             if type(value) is not kind or (kind in (int, float) and not 0 < value < math.inf):
                 raise ValueError(f"{name} = {value!r} is not a possible {kind.__name__}")
         if self.n_heads % self.n_kv_heads or self.head_dim % 2:
@@ -229,12 +229,13 @@ class Llama(nn.Module):
         return h
 
     def head(self, h):
-        """The residual stream after the last block (..., dim) -> logits (..., vocab_size), fp32."""
+        """The residual stream after the last block (..., dim) -> logits (..., vocab_size) in fp32,
+        or in fp64 in a model of fp64."""
         weight = self.tok_embeddings.weight if self.config.tied else self.output.weight
         return F.linear(self.norm(h), weight).to(wide(h.dtype))
 
     def forward(self, tokens, positions=None, mask=None, cache=None, steer=None):
-        """Token ids (B, T) -> logits (B, T, vocab_size) in fp32. The other arguments: see `blocks`.
+        """Token ids (B, T) -> logits (B, T, vocab_size). For the other arguments see `blocks`.
         Raises ValueError for a layer that is not there and for input longer than the context."""
         past, stop = cache.length if cache else 0, self.config.n_layers
         check_fit(self.config, steer or {}, past + tokens.shape[1])
@@ -243,7 +244,7 @@ class Llama(nn.Module):
 
 
 def check_fit(config, layers, n_tokens):
-    """Raises ValueError if the model has not one of the layers, or if its context is shorter."""
+    """Raises ValueError if the model lacks one of the layers, or if its context is shorter."""
     for layer in layers:
         if not 0 <= layer < config.n_layers:
             raise ValueError(f"no layer {layer}: the model has layers 0..{config.n_layers - 1}")

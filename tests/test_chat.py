@@ -721,6 +721,6 @@ def test_the_hugging_face_cache(tmp_path, monkeypatch):
     assert open_chat(find_model("lmsys/vicuna-7b-v1.5")[0], model_config()).template == "vicuna"
     cached(tmp_path, "a/gone", "1", main="2")  # a download that was interrupted
     with pytest.raises(
-        ValueError, match="no model 'a/gone', no folder nor in the cache; hf download a/gone"
+        ValueError, match="no model 'a/gone': no folder, nor in the cache; hf download a/gone"
     ):
         find_model("a/gone")

@@ -114,7 +114,7 @@ def test_a_run_with_the_least_that_must_be_said(tmp_path, monkeypatch, capsys):
     jsonl(tmp_path / "pairs.jsonl", *pairs)
     run_main("--model", MINI, "--data", "pairs.jsonl", "--layer", 1)
     printed = capsys.readouterr().out
-    assert "all 60 steps are warm-up; see --warmup-steps" in printed
+    assert "all 60 steps are warm-up; lower --warmup-steps" in printed
     assert "are trained on" not in printed
     assert "10 pairs of pairs.jsonl, held out 2 split off by prompt" in printed
     assert printed.count("held out  d +1") == 20  # epochs

@@ -149,7 +149,7 @@ def test_models_are_found_by_folder_alias_and_hub_id(tmp_path, monkeypatch):
     assert set(ALIASES) == {"llama2-7b-chat", "mistral-7b-instruct"}
     with pytest.raises(
         ValueError,
-        match=f"no model 'llama2-7b-chat', no folder nor in the cache; hf download {hub_id}",
+        match=f"no model 'llama2-7b-chat': no folder, nor in the cache; hf download {hub_id}",
     ):
         find_model("llama2-7b-chat")
     repo = tmp_path / "hub" / "models--meta-llama--Llama-2-7b-chat-hf"
@@ -161,7 +161,7 @@ def test_models_are_found_by_folder_alias_and_hub_id(tmp_path, monkeypatch):
         assert find_model(name) == (snapshot, hub_id)
     assert find_model(MINI) == (MINI, "mini")
     for name in ("tpyo", "a/b/c", "no/such"):
-        with pytest.raises(ValueError, match=f"no model '{name}', .* hf download {name}"):
+        with pytest.raises(ValueError, match=f"no model '{name}': .* hf download {name}"):
             find_model(name)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match="needs a package, pip install huggingface_hub"):
@@ -291,8 +291,8 @@ def test_progress(monkeypatch, capsys):
     for now[0], done in ((1, 1), (6, 3), (7, 4), (8, 10)):
         progress(done, 10, "loss 1")
     assert capsys.readouterr().out.splitlines() == [
-        "step  3/10  2000.0 ms each, 00:00:14 left  loss 1",
-        "step 10/10  800.0 ms each, 00:00:00 left  loss 1",
+        "step  3/10  2000.0 ms each, 0.2 min left  loss 1",
+        "step 10/10  800.0 ms each, 0.0 min left  loss 1",
     ]
     now[0] = 0.0
     progress = Progress("pass", quiet=True)

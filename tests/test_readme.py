@@ -116,7 +116,8 @@ def test_the_metadata_keys_are_listed(tmp_path):
     file = jsonl(tmp_path / "pairs.jsonl", *pairs)
     flags = f"--model {MINI} --data {file} --layer 1 --epochs 1 --out {tmp_path / 'run'}"
     bipo.main(flags.split())
-    sentence = README.split("## Vector files")[1].split(". `eval.py` refuses")[0].split(":", 1)[1]
+    section = README.split("## Vector files")[1]
+    sentence = section[section.index(": ") : section.index("refuses a vector") - len("`eval.py` ")]
     listed = set(re.findall(r"`(\w+)`", sentence))
     assert set(data.load_vector(tmp_path / "run")[1]) | {"scale"} == listed
 
