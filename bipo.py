@@ -141,9 +141,7 @@ class Recipe:
     weight_decay: float = setting(0.05, "AdamW's, per unit of learning rate", zero=True)
     warmup_steps: int = setting(100, "steps from rate 0 to the peak", zero=True)
     epochs: int = setting(20, "passes over the pairs; each saves a vector")
-    schedule_epochs: int = setting(
-        0, "epochs after which the rate is 0; 0: as many as --epochs", zero=True
-    )
+    schedule_epochs: int = setting(0, "epochs until the rate is 0; 0: all epochs run", zero=True)
     clip_norm: float = setting(1.0, "largest norm of v's gradient")
 
     def __post_init__(self):
@@ -219,7 +217,9 @@ def train(model, layer, pairs, held_out, recipe=PRESETS["paper"], seed=0, batche
     optimizer = torch.optim.AdamW([v], betas=(0.9, 0.999), eps=1e-8, weight_decay=decay)
     per_epoch = math.ceil(len(pairs) / recipe.batch_size)
     horizon = per_epoch * (recipe.schedule_epochs or recipe.epochs)
-    for step, (rows, d) in enumerate(batches or draw_batches(len(pairs), recipe, seed), 1):
+    if batches is None:
+        batches = draw_batches(len(pairs), recipe, seed)
+    for step, (rows, d) in enumerate(batches, 1):
         batch, results = [pairs[i] for i in rows], []
         optimizer.zero_grad()
         for part in parts([pair.ids for pair in batch]):  # mostly one

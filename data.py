@@ -571,7 +571,7 @@ def read_tensors(path, layer):
         found = found if isinstance(found, dict) else {layer_in_name(path, layer): found}
         return {f"direction.{layer}": v for layer, v in found.items()}, {}
     with safetensors.safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
 
 
 def layer_in_name(path, default=None):

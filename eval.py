@@ -278,8 +278,8 @@ def fluency(model, steer, ids):
     return found
 
 
-def answers(model, chat, steer, prompts, multipliers, max_new_tokens, temperature=0.0, seed=0):
-    """Answers, greedy by default: [i][j] are the new ids after prompt i, steered by multiplier j.
+def answers(model, chat, steer, prompts, multipliers, max_new_tokens):
+    """Greedy answers: [i][j] are the new ids after prompt i, steered by multiplier j.
     As many prompts run at a time as MAX_CACHE allows."""
     ids, n = [chat.encode_prompt(prompt) for prompt in prompts], len(multipliers)
     size = max(1, MAX_CACHE // (n * (max(map(len, ids), default=0) + max_new_tokens)))
@@ -288,7 +288,7 @@ def answers(model, chat, steer, prompts, multipliers, max_new_tokens, temperatur
         rows = [prompt for prompt in ids[start : start + size] for _ in multipliers]
         m = torch.tensor(multipliers * (len(rows) // n), device=model.device)
         each = times(m[:, None, None], steer)  # (B, 1, dim) at each layer
-        new = generate(model, rows, max_new_tokens, chat.eos_id, each, temperature, 1, seed + start)
+        new = generate(model, rows, max_new_tokens, chat.eos_id, each)
         found += [new[i : i + n] for i in range(0, len(rows), n)]
         progress(len(found), len(ids))
     return found
