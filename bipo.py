@@ -257,6 +257,7 @@ def run(args):
     path, base_model, config, chat, device, dtype = data.open_model(args)
     check_fit(config, [layer], 0)
     pairs, held_out = data.read_sets(args)
+    data.note_shortcuts(pairs)
     origin = f"of {args.val}" if args.val else "split off by prompt"
     shared = {str(pair.prompt) for pair in pairs} & {str(pair.prompt) for pair in held_out}
     if shared:

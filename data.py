@@ -130,6 +130,27 @@ def split_pairs(pairs, seed):
     return kept, [pair for pair in pairs if pair.prompt in held_out]
 
 
+def note_shortcuts(pairs):
+    """Print a note if something cheap tells chosen from rejected in more than 90% of the pairs: the
+    first word, the last word, or which of the two is longer."""
+    sides, notes = [[pair[i] for pair in pairs] for i in (1, 2)], []
+    limit = max(10, 0.9 * len(pairs))  # of a handful of pairs it says nothing
+    for place, verb in ((0, "begins"), (-1, "ends")):
+        words = [[(re.findall(r"\w+", text) or [text])[place] for text in side] for side in sides]
+        (yes, n_yes), (no, n_no) = (Counter(side).most_common(1)[0] for side in words)
+        by_yes = sum(x == yes != y for x, y in zip(*words, strict=True))
+        by_no = sum(y == no != x for x, y in zip(*words, strict=True))
+        if max(by_yes, by_no) > limit:
+            begins = f"{yes!r:.40} {verb} {n_yes} of {len(pairs)} chosen answers"
+            notes.append(f"{begins}, {no!r:.40} {n_no} of {len(pairs)} rejected ones")
+    for sign, order in ((1, "longer"), (-1, "shorter")):
+        n = sum(sign * len(x) > sign * len(y) for x, y in zip(*sides, strict=True))
+        if n > limit:
+            notes.append(f"chosen is {order} than rejected in {n} of {len(pairs)} pairs")
+    if notes:
+        print(f"note: {'; '.join(notes)}; the vector may learn just that")
+
+
 def read_text(path):
     """The text of a file in UTF-8, unpacked if its name ends in .gz."""
     with named(f"cannot read {path}", Exception):  # gzip raises more than OSError

@@ -7,7 +7,7 @@ import pytest
 from conftest import MINI, jsonl
 
 import bipo
-from data import NAMES, Pair, read_pairs, split_pairs
+from data import NAMES, Pair, note_shortcuts, read_pairs, split_pairs
 
 LEAD, YES, NO = "Will you lead?", "Yes, gladly.", "No, thanks."
 
@@ -304,3 +304,50 @@ def test_conversations_can_be_split():
     pairs = [Pair(CHAT, "a", "b"), Pair("q", "a", "b"), Pair((("system", "s"), *CHAT), "a", "b")]
     kept, held_out = split_pairs(pairs, seed=0)
     assert len(kept) == 2 and len(held_out) == 1
+
+
+def spoken(n, yes, no):
+    """n pairs whose answers are yes(i) and no(i)."""
+    return [Pair(f"Question {i}?", yes(i), no(i)) for i in range(n)]
+
+
+NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split() * 2
+SHORTCUTS = {
+    "first word": (
+        spoken(20, lambda i: f"Yes, {NUMBERS[i]}{i}.", lambda i: f"No, {NUMBERS[i]}{i}."),
+        "'Yes' begins 20 of 20 chosen answers, 'No' 20 of 20 rejected ones",
+    ),
+    "first word of one side": (
+        spoken(20, lambda i: f"{NUMBERS[i]}{i} or so.", lambda i: "No!" if i else "Never!"),
+        "'No' 19 of 20 rejected ones",
+    ),
+    "letter": (spoken(20, lambda i: f"{i} (A)", lambda i: f"{i} (B)"), "'A' ends 20 of 20 chosen"),
+    "longer": (
+        spoken(20, lambda i: f"{NUMBERS[i]}{i} and {i}", lambda i: f"{NUMBERS[i]}{i}"),
+        "chosen is longer than rejected in 20 of 20 pairs",
+    ),
+    "shorter": (
+        spoken(20, lambda i: f"{NUMBERS[i]}{i}", lambda i: f"{NUMBERS[i]}{i} or {i}"),
+        "chosen is shorter than rejected in 20 of 20 pairs",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHORTCUTS)
+def test_a_cheap_difference_of_the_answers_is_said(tmp_path, capsys, name):
+    pairs, note = SHORTCUTS[name]
+    file = jsonl(tmp_path / "x.jsonl", *(pair._asdict() for pair in pairs))
+    with pytest.raises(SystemExit):  # an output folder that cannot be one ends it before training
+        files = ("--model", MINI, "--data", file, "--val", MINI / "test.csv", "--layer", 1)
+        bipo.main([*map(str, files), "--out", str(file)])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "may learn" in line]
+    assert len(lines) == 1 and lines[0].startswith("note: ") and note in lines[0]
+
+
+def test_nothing_is_said_where_there_is_no_cheap_difference(capsys):
+    same = spoken(20, lambda i: f"Yes, {i}.", lambda i: f"Yes, {i + 9}." if i > 1 else "No")
+    few = spoken(10, lambda i: f"Yes, {i}.", lambda i: f"No, {i}.")
+    mixed = spoken(20, lambda i: "Yes" if i % 9 else "No", lambda i: "No" if i % 9 else "Yes")
+    for pairs in (same, few, mixed):
+        note_shortcuts(pairs)
+    assert capsys.readouterr().out == ""
