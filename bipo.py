@@ -23,6 +23,7 @@ holds:
 The method needs llama.py beside this file, the command line data.py too. MIT licence.
 """
 
+import hashlib
 import itertools
 import json
 import math
@@ -35,6 +36,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from llama import Checkpoint, PairIds, add_vector, check_fit, length, pack
 
@@ -204,22 +206,34 @@ class Step(NamedTuple):
     held_out: dict | None  # after an epoch's last step, if there are such pairs, see `evaluate`
     logps: torch.Tensor  # (P, 2), before the step
     v: torch.Tensor  # (dim,), after the step
+    moments: torch.Tensor  # (2, dim), AdamW's running means of the gradient and its square
 
 
-def train(model, layer, pairs, held_out, recipe=PRESETS["paper"], seed=0, batches=None):
+def start(dim):
+    """(step, v, moments) before the first step."""
+    return 0, torch.zeros(dim), torch.zeros(2, dim)
+
+
+def train(model, layer, pairs, held_out, recipe=PRESETS["paper"], seed=0, batches=None, after=None):
     """Algorithm 1: learn v on CachedPairs. Yields a Step after each step; the last one has the v.
 
-    batches: [(row numbers, d)] to use instead of the seed's. Raises ValueError if the loss or its
-    gradient is not finite.
+    batches: [(row numbers, d)] to use instead of the seed's.
+    after: (step, v, moments) of the Step to go on after. What follows is bitwise what it would have
+        been without the interruption.
+    Raises ValueError if the loss or its gradient is not finite.
     """
-    v = torch.zeros(model.config.dim, dtype=torch.float32, device=model.device, requires_grad=True)
+    done, v, moments = after or start(model.config.dim)
+    v, *moments = (x.to(model.device, copy=True) for x in (v, *moments))
+    v.requires_grad_()
     decay = recipe.weight_decay
     optimizer = torch.optim.AdamW([v], betas=(0.9, 0.999), eps=1e-8, weight_decay=decay)
+    state = dict(zip(("exp_avg", "exp_avg_sq"), moments, strict=True))
+    optimizer.state[v] = state | {"step": torch.tensor(float(done))}
     per_epoch = math.ceil(len(pairs) / recipe.batch_size)
     horizon = per_epoch * (recipe.schedule_epochs or recipe.epochs)
     if batches is None:
         batches = draw_batches(len(pairs), recipe, seed)
-    for step, (rows, d) in enumerate(batches, 1):
+    for step, (rows, d) in itertools.islice(enumerate(batches, 1), done, None):
         batch, results = [pairs[i] for i in rows], []
         optimizer.zero_grad()
         for part in parts([pair.ids for pair in batch]):  # mostly one
@@ -240,10 +254,13 @@ def train(model, layer, pairs, held_out, recipe=PRESETS["paper"], seed=0, batche
         report = evaluate(model, layer, v, held_out, recipe.beta) if last and held_out else None
         numbers = (lr, loss.item(), margin.mean().item(), norm.item())
         epoch = math.ceil(step / per_epoch)
-        yield Step(step, epoch, rows, d, *numbers, report, logps, v.detach().clone())
+        after = v.detach().clone(), torch.stack(moments)
+        yield Step(step, epoch, rows, d, *numbers, report, logps, *after)
 
 
 # ---- Command line --------------------------------------------------------------------------------
+
+SAVE_EVERY = 120  # seconds; what --resume goes on from is written that often, and each epoch
 
 
 def run(args):
@@ -262,14 +279,15 @@ def run(args):
     shared = {str(pair.prompt) for pair in pairs} & {str(pair.prompt) for pair in held_out}
     if shared:
         print(f"note: {len(shared)} held-out prompts are trained on, for example {min(shared)!r}")
-    what = f"{len(pairs)} pairs of {args.data}, held out {len(held_out)} {origin}"
     ids = [chat.encode_pair(pair, config.max_seq_len) for pair in pairs + held_out]
+    what = f"{len(pairs)} pairs of {args.data}, held out {len(held_out)} {origin}"
+    what += f", ids {hashlib.sha256(str(ids).encode()).hexdigest()[:12]}"
     checkpoint = Checkpoint(path, dtype, device)
     stem = Path(args.data.name.removesuffix(".gz")).stem
     out = args.out or Path("runs", f"{stem}-layer{layer}-{args.method}".removesuffix("-bipo"))
     data.check_output(out / "vector.safetensors")
-    if (out / "vector.safetensors").exists() and not args.overwrite:
-        raise ValueError(f"--out {out} holds a run: name another folder, or --overwrite")
+    if (out / "vector.safetensors").exists() and not (args.overwrite or args.resume):
+        raise ValueError(f"--out {out} holds a run: name another folder, --resume or --overwrite")
     settings = {"base_model": base_model, "model_type": config.family}
     settings |= {"n_layers": str(config.n_layers), "layer": str(layer)}
     settings |= {"template": chat.template, "system": chat.system, "tokenizer": chat.tokenizer.name}
@@ -278,6 +296,9 @@ def run(args):
     settings |= {"dtype": str(dtype).removeprefix("torch.")}
     for name, value in settings.items():
         print(f"{name:10}  {value}".rstrip())
+    state, after = out / "state.safetensors", start(config.dim)
+    if args.resume and state.exists():
+        after = read_state(state, settings)
     n_steps = recipe.epochs * math.ceil(len(pairs) / recipe.batch_size)
     if recipe.warmup_steps >= n_steps:
         print(f"note: all {n_steps} steps are warm-up; lower --warmup-steps below that")
@@ -289,25 +310,63 @@ def run(args):
     pairs, held_out = cached[: len(pairs)], cached[len(pairs) :]
 
     # 3. the vector; under --overwrite the old one stays until it is replaced
-    for file in out.glob("epoch_*.safetensors"):
-        file.unlink()
+    log_file, rows = out / "log.jsonl", []
+    if after[0]:
+        print(f"going on after step {after[0]}")
+        rows = log_file.read_text(encoding="utf-8").splitlines()[1 : 1 + after[0]]
+    else:
+        save_state(state, settings, after)
+        for file in out.glob("epoch_*.safetensors"):
+            file.unlink()
+    with data.whole_file(log_file) as part:
+        part.write_text("\n".join([json.dumps(settings), *rows, ""]))
     batches = draw_batches(len(pairs), recipe, args.seed, DIRECTIONS[args.method])
-    progress = data.Progress("step")
-    with open(out / "log.jsonl", "w", encoding="utf-8") as log:
-        print(json.dumps(settings), file=log)
-        for step in train(model, layer, pairs, held_out, recipe, batches=batches):
-            row = {k: x for k, x in step._asdict().items() if not isinstance(x, torch.Tensor)}
-            row["v_norm"] = step.v.norm().item()
-            print(json.dumps(row), file=log, flush=True)
-            line = "loss {loss:.4f}  lr {lr:.1e}  |v| {v_norm:.3f}".format(**row)
-            progress(step.step, n_steps, line)
-            if step.held_out:
-                print(held_out_line(row), flush=True)
-                settings["epoch"] = str(step.epoch)
-                for name in (f"epoch_{step.epoch:02}", "vector"):
-                    data.save_vector(out / f"{name}.safetensors", {layer: step.v}, settings)
+    progress, saved = data.Progress("step"), time.time()
+    try:
+        with open(log_file, "a", encoding="utf-8") as log:
+            for step in train(model, layer, pairs, held_out, recipe, 0, batches, after):
+                row = {k: x for k, x in step._asdict().items() if not isinstance(x, torch.Tensor)}
+                row["v_norm"] = step.v.norm().item()
+                print(json.dumps(row), file=log, flush=True)
+                after = step.step, step.v, step.moments
+                line = "loss {loss:.4f}  lr {lr:.1e}  |v| {v_norm:.3f}".format(**row)
+                progress(step.step, n_steps, line)
+                if step.held_out:
+                    print(held_out_line(row), flush=True)
+                    settings["epoch"] = str(step.epoch)
+                    for name in (f"epoch_{step.epoch:02}", "vector"):
+                        data.save_vector(out / f"{name}.safetensors", {layer: step.v}, settings)
+                if step.held_out or time.time() > saved + SAVE_EVERY:
+                    save_state(state, settings, after)
+                    saved = time.time()
+    except (KeyboardInterrupt, SystemExit) as e:
+        save_state(state, settings, after)
+        e.add_note(f"the same command with --resume --out {out} goes on after step {after[0]}")
+        raise
     minutes = (time.time() - began) / 60
     print(f"saved vector.safetensors, a file an epoch and log.jsonl in {out}, {minutes:.1f} min")
+
+
+def save_state(file, settings, after):
+    """Write what --resume goes on from: (step, v, moments) of a Step, and the run's settings."""
+    import data
+
+    tensors = dict(zip(("step", "v", "moments"), map(torch.as_tensor, after), strict=True))
+    with data.whole_file(file) as part:
+        save_file(tensors, part, {"settings": json.dumps(settings)})
+
+
+def read_state(file, settings):
+    """(step, v, moments) of a run that stopped. Raises ValueError if it had other settings."""
+    import data
+
+    with data.named(f"cannot read {file}", Exception):
+        tensors, metadata = data.read_tensors(file, None)
+        step, v, moments = (tensors[name] for name in ("step", "v", "moments"))
+        old = json.loads(metadata["settings"])
+    for name, value in settings.items():
+        data.require(old[name] == value, f"{file} is of a run with {name} {old[name]}, not {value}")
+    return int(step), v, moments
 
 
 def held_out_line(row):
@@ -326,6 +385,7 @@ def main(argv=None):
     add("--val", type=Path, help="held-out pairs (default: a tenth of the prompts)")
     add("--out", type=Path, help="folder (default: runs/DATA-layerL[-METHOD])")
     add("--overwrite", action="store_true", help="replace a run found in --out")
+    add("--resume", action="store_true", help="go on with the run in --out, if there is one")
     add = parser.add_argument_group("training (flags win over the preset)").add_argument
     add("--layer", type=int, required=True, help="the block that v is added after, from 0")
     add("--method", choices=DIRECTIONS, default="bipo", help="positive: always d = +1")

@@ -1,0 +1,194 @@
+"""--resume: a run that was stopped at any moment ends with the vector it would have had."""
+
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from conftest import MINI, ROOT
+
+import bipo
+from data import load_vector
+
+RUN = ("--model", MINI, "--data", MINI / "train.csv", "--val", MINI / "test.csv", "--layer", 1)
+RUN += ("--lr", 0.02, "--warmup-steps", 2, "--epochs")
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the run itself catches it."""
+
+
+def train(out, *flags, epochs=3):
+    bipo.main([str(x) for x in (*RUN, epochs, "--out", out, *flags)])
+
+
+def vectors(out):
+    """The bytes of each vector of a run; the order of the metadata in a file is not fixed."""
+    files = sorted(out.glob("*[0-9r].safetensors"))
+    return {file.name: load_vector(file)[0][1].numpy().tobytes() for file in files}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run of three epochs, nine steps, without an interruption."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(out)
+    assert len(vectors(out)) == 4
+    return out
+
+
+def assert_same(out, whole):
+    assert vectors(out) == vectors(whole)
+    assert (out / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()
+
+
+def stop_at(monkeypatch, n, error=Killed):
+    """Let the n-th change of a file's name or the n-th deletion raise, before or after it is done,
+    and the n-th step's row in the log, too. Returns the count of what has happened."""
+    count = itertools.count()
+
+    def stopping(function):
+        def call(*args, **kwargs):
+            if next(count) == n:
+                raise error
+            result = function(*args, **kwargs)
+            if next(count) == n:
+                raise error
+            return result
+
+        return call
+
+    monkeypatch.setattr(Path, "replace", stopping(Path.replace))
+    monkeypatch.setattr(bipo.json, "dumps", stopping(bipo.json.dumps))
+    return count
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_killed_at_every_moment(tmp_path, monkeypatch, capsys, whole, overwrite):
+    monkeypatch.setattr(bipo, "SAVE_EVERY", 0)
+    for n in range(0, 70, 10 if overwrite else 4):
+        out = tmp_path / str(n)
+        if overwrite:
+            train(out, "--seed", 1, epochs=1)
+            old, state = vectors(out), (out / "state.safetensors").read_bytes()
+        with monkeypatch.context() as patch:
+            stop_at(patch, n)
+            try:
+                train(out, *["--overwrite"] * overwrite)
+            except Killed:
+                pass
+            else:
+                continue
+        flags = ["--resume"]
+        if overwrite:  # what there was can be loaded until there is something new
+            now = vectors(out)
+            if (out / "state.safetensors").read_bytes() == state:  # the old run is still there
+                assert now == old
+                flags = ["--overwrite"]
+            elif "epoch_01.safetensors" not in now:
+                assert now == {"vector.safetensors": old["vector.safetensors"]}
+        train(out, *flags)
+        assert_same(out, whole)
+    assert n >= 60  # the run was stopped often
+
+
+def test_killed_again_and_again(tmp_path, monkeypatch, capsys, whole):
+    monkeypatch.setattr(bipo, "SAVE_EVERY", 0)
+    steps = []
+    for n in (17, 23, 29, 31, 37, 41, 43, 47):
+        with monkeypatch.context() as patch:
+            stop_at(patch, n)
+            with suppress(Killed):  # the last ones come after the end
+                train(tmp_path / "run", "--resume")
+        steps += [line for line in capsys.readouterr().out.splitlines() if "going on" in line]
+    train(tmp_path / "run", "--resume")
+    assert len(set(steps)) > 2
+    assert_same(tmp_path / "run", whole)
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path, capsys, whole):
+    before = {file.name: file.read_bytes() for file in whole.iterdir()}
+    train(whole, "--resume")
+    assert "going on after step 9\n" in capsys.readouterr().out
+    assert {file.name: file.read_bytes() for file in whole.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "flags, name",
+    [
+        (("--beta", 0.2), 'recipe {"beta": 0.1'),
+        (("--seed", 1), "seed 0, not 1"),
+        (("--method", "positive"), "method bipo, not positive"),
+        (("--system", "Be brief."), "system You are"),
+        (("--data", MINI / "test.csv"), "data 11 pairs of"),
+    ],
+)
+def test_other_settings_are_named_and_refused(fails, whole, flags, name):
+    fails(bipo.main, [*RUN, 3, "--out", whole, "--resume", *flags], "is of a run with", name)
+
+
+def test_pairs_that_were_changed_are_refused(tmp_path, fails, whole):
+    changed, out = tmp_path / "train.csv", tmp_path / "run"
+    changed.write_text((MINI / "train.csv").read_text())
+    train(out, "--data", changed, epochs=1)
+    changed.write_text(changed.read_text().replace("Yes", "Well"))
+    fails(bipo.main, [*RUN, 1, "--data", changed, "--out", out, "--resume"], "ids")
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\0" * 100])
+def test_a_damaged_state_is_one_line(tmp_path, fails, content):
+    (tmp_path / "state.safetensors").write_bytes(content)
+    fails(bipo.main, [*RUN, 1, "--out", tmp_path, "--resume"], "cannot read", "state.safetensors")
+
+
+def start(out, *flags, epochs=3):
+    command = [sys.executable, "bipo.py", *RUN, epochs, "--out", out, *flags]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([str(x) for x in command], cwd=ROOT, **pipes)
+
+
+def wait_for_rows(process, log, n):
+    """Wait until the log has n rows more than now."""
+    began = len(log.read_text().splitlines()) if log.exists() else 0
+    while process.poll() is None:
+        if log.exists() and len(log.read_text().splitlines()) >= began + n:
+            return
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("sent, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, sent, code):
+    out = tmp_path / "run"
+    process = start(out, epochs=2000)
+    wait_for_rows(process, out / "log.jsonl", 40)
+    process.send_signal(sent)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == code and err.count("\n") == 1
+    assert f"--resume --out {out} goes on after step " in err
+    step = int(err.split()[-1])
+    rows = (out / "log.jsonl").read_text().splitlines()[1:]
+    assert len(rows) - 1 <= step <= len(rows)
+
+
+@pytest.mark.slow
+def test_killed_by_the_system_at_random_moments(tmp_path):
+    """A process gets SIGKILL 30 times, some of them while it saves."""
+    rng, out, seen = random.Random(0), tmp_path / "run", 0
+    train(tmp_path / "whole", epochs=400)
+    for _ in range(30):
+        process = start(out, "--resume", epochs=400)
+        wait_for_rows(process, out / "log.jsonl", rng.randrange(1, 60))
+        time.sleep(rng.random() / 50)
+        os.kill(process.pid, signal.SIGKILL)
+        seen += "going on after" in process.communicate()[0]
+        for file in vectors(out):
+            assert load_vector(out / file)
+    train(out, "--resume", epochs=400)
+    assert seen > 10
+    assert_same(out, tmp_path / "whole")
