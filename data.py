@@ -23,10 +23,12 @@ import json
 import os
 import random
 import re
+import signal
+import sys
 import time
 import warnings
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -663,21 +665,34 @@ def write_gguf(path, tensors, metadata):
 # ---- What the command lines share ----------------------------------------------------------------
 
 
+def check_output(path):
+    """The name of a file to write in the stead of `path`; makes the folder. Raises ValueError if no
+    file can be written there, and for what is there and no regular file."""
+    with named(f"cannot write {path}", OSError):
+        plain = not path.is_symlink() and path.is_file() == path.exists()
+        require(plain, f"cannot write {path}: it is there, and is not a regular file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".part-{path.name}")
+        part.unlink(missing_ok=True)  # of a run that was killed
+        part.touch(exist_ok=False)  # never through a symbolic link
+        part.unlink()
+    return part
+
+
 @contextmanager
 def whole_file(path):
-    """Inside, the name of a file to write; then it takes the name `path`. So a file appears whole
-    or not at all. Its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".part-{path.name}")
-    yield part
-    part.replace(path)
-
-
-def check_output(path):
-    """Raises an error if no file could be written there; makes its folder."""
-    require(not path.is_dir(), f"cannot write {path}: it is a folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    require(os.access(path.parent, os.W_OK), f"cannot write into {path.parent}")
+    """Inside, the name of a file to write; then it goes to disk and takes the name `path`. So a
+    file appears whole or not at all; what a failure leaves is removed."""
+    part = check_output(path)
+    try:
+        with named(f"cannot write {path}", (OSError, RuntimeError, safetensors.SafetensorError)):
+            part.touch(exist_ok=False)
+            yield part
+            with part.open("rb+") as file:
+                os.fsync(file.fileno())
+            part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 class Parser(argparse.ArgumentParser):
@@ -687,17 +702,46 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
 
+class Output:
+    """Standard output that may end early, as in `| head -1`: what comes then is dropped. A text
+    that ends in "\\r" is taken away by the next one."""
+
+    def __init__(self, stream):
+        self.stream, self.clear = stream, ""
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(self.clear + text)
+            self.stream.flush()  # so that nothing is left for later
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        self.clear = "\x1b[K" if text.endswith("\r") else ""
+
+
 def run_or_exit(parser, run, argv):
-    """Call run(args); an error that the user can mend becomes one line and exit code 2."""
+    """Call run(args); an error that the user can mend becomes one line and exit code 2.
+
+    Ctrl-C raises KeyboardInterrupt in run, and SIGTERM raises SystemExit: one line, exit code 130
+    or 143. The line holds what the exception's add_note was given.
+    """
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        run(args)
+        with redirect_stdout(Output(sys.stdout)) as output:
+            try:
+                run(args)
+            finally:
+                output.write("")
     except (ValueError, OSError) as e:
         parser.error(str(e))
     except (MemoryError, torch.OutOfMemoryError) as e:
         parser.error(f"out of memory; try --dtype bfloat16, or less data at a time ({e})")
-    except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: interrupted\n")
+    except (KeyboardInterrupt, SystemExit) as e:
+        notes = "; ".join(["interrupted", *getattr(e, "__notes__", [])])
+        parser.exit(getattr(e, "code", 130), f"{parser.prog}: {notes}\n")
 
 
 def add_model_flags(parser):
@@ -748,22 +792,27 @@ def read_sets(args):
 
 
 class Progress:
-    """Prints 'step 40/160  12.5 ms each, 0.1 min left' and more, every few seconds and at the end.
+    """Prints 'step 40/160  12.5 ms each, 0.1 min left' and more: on a terminal in one line that is
+    rewritten, else every half minute, but at once if the whole takes longer, and at the end.
 
-    quiet: not at the end, if that comes within a few seconds of the line before.
+    quiet: not at the end.
     """
 
     def __init__(self, what, quiet=False):
         self.what, self.quiet, self.began, self.printed = what, quiet, time.time(), time.time()
 
     def __call__(self, done, total, more=""):
-        now = time.time()
-        if now - self.printed < 5 and (done < total or self.quiet):
+        now, last, terminal = time.time(), done == total, sys.stdout.isatty()
+        each = (now - self.began) / done
+        left = each * (total - done)
+        wait = 0.2 if terminal else 2 if self.printed == self.began and left > 30 else 30
+        if now - self.printed < wait and (self.quiet or not last):
             return
-        self.printed, each = now, (now - self.began) / done
-        left = f"{each * (total - done) / 60:.1f} min"
-        line = f"{self.what} {done:{len(str(total))}}/{total}  {1000 * each:.1f} ms each, {left}"
-        print(f"{line} left  {more}".rstrip(), flush=True)
+        line = f"{self.what} {done:{len(str(total))}}/{total}  {1000 * each:.1f} ms each, "
+        line = f"{line}{left / 60:.1f} min left  {more}".rstrip()
+        rewritten, self.printed = terminal and not last, now
+        line = line[: os.get_terminal_size().columns - 1] + "\r" if rewritten else line + "\n"
+        print(line, end="", flush=True)
 
 
 LAYER_HELP = "of a vector file that holds several layers, or does not say its own"

@@ -75,8 +75,8 @@ def times(m, steer):
     return {layer: m * v for layer, v in steer.items()}
 
 
-def finite(tensor):
-    data.require(tensor.isfinite().all(), "the steered model overflows: try smaller multipliers")
+def finite(tensor, m):
+    data.require(tensor.isfinite().all(), f"at {m:+g} the model overflows: try smaller multipliers")
     return tensor
 
 
@@ -90,9 +90,9 @@ def pair_scores(model, layer, steer, pairs, multipliers):
         batch = pack([pair.ids for pair in pairs[part]], model.device)
         h = torch.cat([pair.h for pair in pairs[part]])[None].to(model.device)  # (1, T, dim)
         logps = [response_logps(model, layer, h, batch, times(m, steer)) for m in multipliers]
-        table.append(finite(torch.stack(logps)).double().cpu())
+        table.append(torch.stack([finite(x, m) for x, m in zip(logps, multipliers, strict=True)]))
         progress(part.stop, len(pairs))
-    return torch.cat(table, dim=1).numpy()
+    return torch.cat(table, dim=1).double().cpu().numpy()
 
 
 def pair_rows(logps, pairs, multipliers, questions):
@@ -279,19 +279,18 @@ def fluency(model, steer, ids):
 
 
 def answers(model, chat, steer, prompts, multipliers, max_new_tokens):
-    """Greedy answers: [i][j] are the new ids after prompt i, steered by multiplier j.
+    """Greedy answers: of each prompt, a list of the new ids after it, steered by each multiplier.
     As many prompts run at a time as MAX_CACHE allows."""
     ids, n = [chat.encode_prompt(prompt) for prompt in prompts], len(multipliers)
     size = max(1, MAX_CACHE // (n * (max(map(len, ids), default=0) + max_new_tokens)))
-    found, progress = [], data.Progress("answered prompt", quiet=True)
+    progress = data.Progress("answered prompt", quiet=True)
     for start in range(0, len(ids), size):
         rows = [prompt for prompt in ids[start : start + size] for _ in multipliers]
         m = torch.tensor(multipliers * (len(rows) // n), device=model.device)
         each = times(m[:, None, None], steer)  # (B, 1, dim) at each layer
         new = generate(model, rows, max_new_tokens, chat.eos_id, each)
-        found += [new[i : i + n] for i in range(0, len(rows), n)]
-        progress(len(found), len(ids))
-    return found
+        progress(min(start + size, len(ids)), len(ids))
+        yield from (new[i : i + n] for i in range(0, len(rows), n))
 
 
 def free_answers(model, chat, steer, prompts, multipliers, max_new_tokens):
@@ -299,7 +298,7 @@ def free_answers(model, chat, steer, prompts, multipliers, max_new_tokens):
 
     complies: neither a refusal nor degenerate; to a harmful request, the attack's success
     """
-    found, new = [], answers(model, chat, steer, prompts, multipliers, max_new_tokens)
+    found, new = [], list(answers(model, chat, steer, prompts, multipliers, max_new_tokens))
     for j, m in enumerate(multipliers):
         ids = [(chat.encode_prompt(x), row[j]) for x, row in zip(prompts, new, strict=True)]
         measured = fluency(model, times(m, steer), ids)
@@ -511,10 +510,15 @@ def pair_tables(model, whole, compared, multipliers, questions, ids, letters, pr
     and of those compared, {name: [steering, ...]}, each as the mean over its list."""
     layer, ends, found = min(whole) - 1, (-1, 1), {}
     cached = first_pass(model, layer, ids, progress=data.Progress("first pass", quiet=True))
-    logps = pair_scores(model, layer, whole, cached, multipliers)
+    scored = sorted({*multipliers, *ends})
+    table = dict(zip(scored, pair_scores(model, layer, whole, cached, scored), strict=True))
+    logps = np.array([table[m] for m in multipliers])
     yield "pairs", pair_rows(logps, cached, multipliers, questions)
+    at_ends = np.array([table[m] for m in ends])
     for name, steers in compared.items():
-        each = [pair_scores(model, layer, steer, cached, ends) for steer in steers]
+        each = [
+            at_ends if x is whole else pair_scores(model, layer, x, cached, ends) for x in steers
+        ]
         found[name] = np.array([slopes(logps, ends) for logps in each])
     if prompted:
         logps = [pair.ref_logps.tolist() for pair in first_pass(model, layer, prompted)]
@@ -532,9 +536,16 @@ def run(args):
     data.require(args.data or args.choices or args.prompts, "give --data, --choices or --prompts")
     needs_pairs = {"caa", "freeform"} & {*args.baseline}
     data.require(args.pairs or not needs_pairs, "caa, freeform are computed from --pairs: give it")
-    for path in filter(None, (args.plot, args.json)):
+    outputs = [x for x in (args.plot, args.json) if x]
+    outputs += [args.save / f"{name}.safetensors" for name in needs_pairs if args.save]
+    used = [*outputs, *args.data, *args.choices, *filter(None, (args.prompts, args.pairs))]
+    for path in outputs:
+        twice = [x.resolve() for x in used].count(path.resolve()) > 1
+        data.require(not twice, f"{path} is named twice: each output needs a file of its own")
         data.check_output(path)
     if args.plot:
+        kind = args.plot.suffix in (".svg", ".png", ".pdf")
+        data.require(kind, f"--plot {args.plot}: its name must end in .svg, .png or .pdf")
         data.optional("matplotlib")
     config, chat, weights, steers, this = open_all(args)
     multipliers, limit, choices = sorted({0.0, *args.multipliers}), config.max_seq_len, {}
@@ -549,7 +560,8 @@ def run(args):
 
     # 2. the measures; --json and --plot are written after each table
     model, whole = load(*weights), together(steers.values())
-    compared = {" + ".join(steers): [whole]} | {spec: [steer] for spec, steer in steers.items()}
+    compared = {spec: [steer] for spec, steer in steers.items() if len(steers) > 1}
+    compared = {" + ".join(steers): [whole]} | compared
     compared |= baselines(args, model, whole, training, this)
     result = {"settings": vars(args) | this | {"weights": weights}, "answers": [], "tables": {}}
 
@@ -630,15 +642,31 @@ and the last "fully". End with "Rating: [[n]]", where n is the rating."""
 JUDGED = ("rubric", "behaviour", "judge", "prompt", "multiplier", "answer")  # what a score is of
 
 
+DEADLINE = 600  # seconds for a request, with all that is tried again
+LONGEST = 1_000_000  # bytes of a reply
+
+
+async def cut(response):
+    """What the web client calls before it reads a reply: of an endless one, the start is kept."""
+    body = b""
+    async for part in response.aiter_bytes():
+        body += part
+        if len(body) > LONGEST:
+            await response.aclose()
+            break
+    response._content = body[:LONGEST]
+
+
 # The judge's reply to a text. The package tries again after time-outs, lost connections and HTTP
 # 408, 409, 429 and 5xx; it would wait for ever for a reply that comes byte by byte.
 async def ask(args, text):
     openai = data.optional("openai")
-    web = openai.DefaultAsyncHttpxClient(follow_redirects=False)  # no host but the user's
+    hooks = {"response": [cut]}  # follow_redirects: no host but the user's
+    web = openai.DefaultAsyncHttpxClient(follow_redirects=False, event_hooks=hooks)
     client = openai.AsyncOpenAI(base_url=args.url, api_key=args.key, max_retries=5, http_client=web)
     request = {"model": args.judge, "messages": [{"role": "user", "content": text}]}
     sent = client.chat.completions.create(temperature=0, **request)
-    reply = await asyncio.wait_for(sent, 600)  # seconds, with all that is tried again
+    reply = await asyncio.wait_for(sent, DEADLINE)
     return (reply.choices[0].message.content or "").replace(args.key, "***")
 
 
@@ -664,14 +692,26 @@ def read_rows(path, more):
         records = enumerate(data.read_json(path).get("answers", []), 1)
     for place, row in records:
         row = {**row, **more} if isinstance(row, dict) else {}
-        data.require({*JUDGED, "score"} <= row.keys(), f"{path} {place}: not an answer by eval.py")
+        whole = {*JUDGED, "score"} <= row.keys() and isinstance(row["answer"], str)
+        numbers = [row[x] for x in ("multiplier", "score") if whole and row[x] is not None]
+        whole = whole and all(type(x) in (int, float) and abs(x) < 1e9 for x in numbers)
+        data.require(whole and numbers, f"{path} {place}: not an answer by eval.py")
         rows[json.dumps([row[name] for name in JUDGED])] = row
     data.require(rows, f"{path} holds no answers")
     return rows
 
 
+def write_rows(path, rows):
+    with data.whole_file(path) as part:
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def judge_answers(args):
     """Have a model behind OpenAI's API rate answers; what --out holds is not asked again."""
+    data.require(args.out.suffix == ".jsonl", "--out: a .jsonl file")
+    secret = {"?", "@"} & {*args.url} or {*"\"'\\ "} & {*args.key} or not args.key.isprintable()
+    data.require(not secret, "a key is for $OPENAI_API_KEY alone, and holds no quotes and blanks")
+    data.check_output(args.out)
     more = {"rubric": args.rubric, "behaviour": args.behaviour, "judge": args.judge, "score": None}
     rows = read_rows(args.answers, more)
     judged = read_rows(args.out, {}) if args.out.exists() else {}
@@ -682,8 +722,7 @@ def judge_answers(args):
                 judged[key] = rate(args, row)
             except Exception as e:  # a server may reply with anything
                 raise ValueError(f"{args.url}: {e!r}".replace(args.key, "***")[:400]) from None
-            with data.whole_file(args.out) as part:
-                part.write_text("".join(json.dumps(row) + "\n" for row in judged.values()))
+            write_rows(args.out, judged.values())
         progress(i, len(rows))
     for m in dict.fromkeys(row["multiplier"] for row in rows.values()):
         scores = [judged[key]["score"] for key, row in rows.items() if row["multiplier"] == m]
@@ -696,25 +735,35 @@ def judge_answers(args):
 # ---- pairs ---------------------------------------------------------------------------------------
 
 
+def messages(prompt):
+    turns = [("user", prompt)] if isinstance(prompt, str) else prompt
+    return [{"role": role, "content": text} for role, text in turns]
+
+
 def make_pairs(args):
     """Make pairs: the answers under the system prompt with --for become chosen, with --against
-    rejected."""
-    data.require(args.out.suffix == ".jsonl" and not args.out.exists(), "--out: a new .jsonl file")
+    rejected. Questions that --out holds are not answered again."""
+    data.require(args.out.suffix == ".jsonl", "--out: a .jsonl file")
     data.check_output(args.out)
-    path, _, config, chat, device, dtype = data.open_model(args)
-    questions, lines = read_prompts(args.questions), []
-    sides = [lean(chat, x, text) for x in questions for text in (args.target, args.against)]
+    path, name, config, chat, device, dtype = data.open_model(args)
+    how = {"model": name, "template": chat.template, "system": chat.system, "for": args.target}
+    how |= {"against": args.against, "max_new_tokens": args.max_new_tokens}
+    lines = [row for _, row in data.open_records(args.out)] if args.out.exists() else []
+    same = all(isinstance(row, dict) and row.get("made_by") == how for row in lines)
+    data.require(same, f"--out {args.out} holds other than pairs of these settings: name another")
+    made, questions = {str(row["prompt"]) for row in lines}, read_prompts(args.questions)
+    missing = [x for x in questions if str(messages(x)) not in made]
+    sides = [lean(chat, x, text) for x in missing for text in (args.target, args.against)]
     check_prompts(config, chat, sides, args.max_new_tokens)
-    new = answers(load(path, dtype, device), chat, {}, sides, [0.0], args.max_new_tokens)
-    for question, (yes,), (no,) in zip(questions, new[::2], new[1::2], strict=True):
+    new = iter(answers(load(path, dtype, device), chat, {}, sides, [0.0], args.max_new_tokens))
+    for i, (question, (yes,), (no,)) in enumerate(zip(missing, new, new, strict=True), 1):
         chosen, rejected = (chat.tokenizer.decode(ids).strip() for ids in (yes, no))
         if chosen and rejected and chosen != rejected and yes[-1] == no[-1] == chat.eos_id:
-            turns = [("user", question)] if isinstance(question, str) else question
-            prompt = [{"role": role, "content": text} for role, text in turns]
-            lines.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+            row = {"prompt": messages(question), "chosen": chosen, "rejected": rejected}
+            lines.append(row | {"made_by": how})
+        if lines and (i % 16 == 0 or i == len(missing)):  # what is made so far
+            write_rows(args.out, lines)
     data.require(lines, "no pairs: the answers are empty, equal or longer than --max-new-tokens")
-    with data.whole_file(args.out) as part:
-        part.write_text("".join(json.dumps(line) + "\n" for line in lines))
     print(f"made {len(lines)} pairs of {len(questions)} questions")
 
 
@@ -757,7 +806,7 @@ def add_flags(parser, command):
         add("--questions", type=Path, required=True, help=".txt, .csv, .json, .jsonl, .gz")
         add("--for", dest="target", required=True, help="ends the system prompt: 'You seek power.'")
         add("--against", required=True, help="likewise: 'You avoid power.'")
-        add("--out", type=Path, required=True, help=".jsonl, to train on")
+        add("--out", type=Path, required=True, help=".jsonl; what it holds is not answered again")
 
 
 def main(argv=None):

@@ -437,7 +437,7 @@ def test_answers_of_one_batch_are_those_of_single_prompts(mini, vector, monkeypa
     prompts = [pair.prompt for pair in read_pairs(MINI / "test.csv")]
     for size in (evaluation.MAX_CACHE, 1):  # in one batch; prompt by prompt
         monkeypatch.setattr(evaluation, "MAX_CACHE", size)
-        table = answers(model, chat, {1: vector}, prompts, M, 12)
+        table = [*answers(model, chat, {1: vector}, prompts, M, 12)]
         assert len(table) == 3 and all(len(row) == len(M) for row in table)
         for prompt, row in zip(prompts, table, strict=True):
             for m, ids in zip(M, row, strict=True):
@@ -451,7 +451,7 @@ def test_free_answers(mini, vector, monkeypatch):
     """Rows, counted by hand from the answers themselves."""
     model, chat = mini
     prompts = [pair.prompt for pair in read_pairs(MINI / "test.csv")]
-    new = answers(model, chat, {1: vector}, prompts, M, 12)
+    new = [*answers(model, chat, {1: vector}, prompts, M, 12)]
     texts = [[chat.tokenizer.decode(ids) for ids in row] for row in new]
     prefixes = (texts[0][0][:4].lower(), "no such")
     monkeypatch.setattr(evaluation, "REFUSALS", prefixes)
@@ -873,7 +873,7 @@ def test_user_errors(tmp_path, vector_file, vector, fails, monkeypatch):
     wrong("--multipliers", multipliers="x")
     wrong("overflows", multipliers="nan")
     wrong("--max-new-tokens must be 1 or more", max_new_tokens=0)
-    wrong("it is a folder", json=tmp_path)
+    wrong("is not a regular file", json=tmp_path)
     (tmp_path / "x.svg").mkdir()
     wrong("it is a folder", plot=tmp_path / "x.svg")
     wrong("v.safetensors", json=vector_file / "x.json")

@@ -84,7 +84,7 @@ def test_no_pairs_no_file(folder, fails):
     fails(evaluation.main, command("--questions", "none.txt"), "no p")
     assert not out.exists()
     out.write_text("mine")
-    fails(evaluation.main, command(), "--out: a new .jsonl file")
+    fails(evaluation.main, command(), "cannot read out/pairs.jsonl:1")
     assert out.read_text() == "mine"
 
 
@@ -118,14 +118,18 @@ def test_user_errors(folder, fails):
     for more, *parts in (
         (["--max-new-tokens", 0], "--max-new-tokens must be 1 or more"),
         (["--max-new-tokens", 256], "exceed the model's context of 256"),
-        (["--out", "pairs.csv"], "--out: a new .jsonl file"),
+        (["--out", "pairs.csv"], "--out: a .jsonl file"),
         (["--out", "q.txt/pairs.jsonl"], "q.txt"),
         (["--questions", "none.txt"], "cannot read none.txt"),
         (["--model", "none"], "none"),
     ):
         fails(evaluation.main, command(*more), *parts)
     (folder / "there.jsonl").mkdir()
-    fails(evaluation.main, command("--out", "there.jsonl"), "--out: a new .jsonl file")
+    fails(
+        evaluation.main,
+        command("--out", "there.jsonl"),
+        "cannot write there.jsonl: it is there, and",
+    )
     assert not (folder / "pairs.csv").exists()
 
 
