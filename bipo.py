@@ -27,7 +27,9 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import random
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -35,8 +37,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
 from llama import Checkpoint, PairIds, add_vector, check_fit, length, pack
 
@@ -93,7 +95,8 @@ def parts(ids):
             yield slice(start, i)
             start, total = i, 0
         total += length(pair)
-    yield slice(start, len(ids))
+    if ids:
+        yield slice(start, len(ids))
 
 
 @torch.no_grad()
@@ -176,19 +179,33 @@ def draw_batches(n, recipe, seed, directions=DIRECTIONS["bipo"]):
             yield order[i : i + recipe.batch_size], rng.choice(directions)
 
 
+def total(x):
+    """The sum of a tensor over all processes, if there are several: see `train`."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def scored(model, layer, v, d, pairs, beta):
+    """Log-probs (P, 2), losses (P,) and margins (P,) of CachedPairs under d * v."""
+    logps = steered_logps(model, layer, v, d, pairs)
+    return logps, *bipo_loss(logps, torch.stack([pair.ref_logps for pair in pairs]), d, beta)
+
+
 @torch.no_grad()
 def evaluate(model, layer, v, pairs, beta):
     """Mean loss, mean margin (nats) and share of margins with d's sign, for d = +1 and d = -1.
-    Raises ValueError if a loss is not finite."""
-    ref_logps, report = torch.stack([pair.ref_logps for pair in pairs]), {}
-    groups = [pairs[part] for part in parts([pair.ids for pair in pairs])]
+    pairs: as in `train`. Raises ValueError if a loss is not finite."""
+    mine, report = [pair for pair in pairs if pair], {}
     for d in (1, -1):
-        logps = torch.cat([steered_logps(model, layer, v, d, group) for group in groups])
-        losses, margin = bipo_loss(logps, ref_logps, d, beta)
-        if not losses.isfinite().all():
-            raise ValueError(f"held-out loss {losses.mean()} at d {d:+d}; try another dtype or lr")
-        means = losses.mean(), margin.mean(), (d * margin > 0).float().mean()
-        report[d] = dict(zip(("loss", "margin", "accuracy"), map(float, means), strict=True))
+        sums = v.new_zeros(3)
+        for part in parts([pair.ids for pair in mine]):
+            _, losses, margin = scored(model, layer, v, d, mine[part], beta)
+            sums += torch.stack([losses.sum(), margin.sum(), (d * margin > 0).sum()])
+        means = (total(sums) / len(pairs)).tolist()
+        report[d] = dict(zip(("loss", "margin", "accuracy"), means, strict=True))
+        if not math.isfinite(means[0]):
+            raise ValueError(f"held-out loss {means[0]} at d {d:+d}; try another dtype or lr")
     return report
 
 
@@ -206,56 +223,50 @@ class Step(NamedTuple):
     held_out: dict | None  # after an epoch's last step, if there are such pairs, see `evaluate`
     logps: torch.Tensor  # (P, 2), before the step
     v: torch.Tensor  # (dim,), after the step
-    moments: torch.Tensor  # (2, dim), AdamW's running means of the gradient and its square
-
-
-def start(dim):
-    """(step, v, moments) before the first step."""
-    return 0, torch.zeros(dim), torch.zeros(2, dim)
+    state: torch.Tensor  # (3, dim), v and AdamW's running means of its gradient and the square
 
 
 def train(model, layer, pairs, held_out, recipe=PRESETS["paper"], seed=0, batches=None, after=None):
     """Algorithm 1: learn v on CachedPairs. Yields a Step after each step; the last one has the v.
 
+    pairs, held_out: where torch.distributed runs, None stands for a pair that another process
+        holds; gradients and means are summed over all processes, and all have the same v.
     batches: [(row numbers, d)] to use instead of the seed's.
-    after: (step, v, moments) of the Step to go on after. What follows is bitwise what it would have
-        been without the interruption.
+    after: (step, state) of the Step to go on after. What follows is bitwise what it would have been
+        without the interruption.
     Raises ValueError if the loss or its gradient is not finite.
     """
-    done, v, moments = after or start(model.config.dim)
-    v, *moments = (x.to(model.device, copy=True) for x in (v, *moments))
+    done, state = after or (0, torch.zeros(3, model.config.dim))
+    v, mean, square = state.to(model.device, copy=True)
     v.requires_grad_()
     decay = recipe.weight_decay
     optimizer = torch.optim.AdamW([v], betas=(0.9, 0.999), eps=1e-8, weight_decay=decay)
-    state = dict(zip(("exp_avg", "exp_avg_sq"), moments, strict=True))
-    optimizer.state[v] = state | {"step": torch.tensor(float(done))}
+    optimizer.state[v] = dict(step=torch.tensor(float(done)), exp_avg=mean, exp_avg_sq=square)
     per_epoch = math.ceil(len(pairs) / recipe.batch_size)
     horizon = per_epoch * (recipe.schedule_epochs or recipe.epochs)
     if batches is None:
         batches = draw_batches(len(pairs), recipe, seed)
     for step, (rows, d) in itertools.islice(enumerate(batches, 1), done, None):
-        batch, results = [pairs[i] for i in rows], []
-        optimizer.zero_grad()
+        batch, logps = [pairs[i] for i in rows if pairs[i]], [v.new_zeros(0, 2)]
+        v.grad, sums = torch.zeros_like(v), v.new_zeros(2)
         for part in parts([pair.ids for pair in batch]):  # mostly one
-            logps = steered_logps(model, layer, v, d, batch[part])
-            ref_logps = torch.stack([pair.ref_logps for pair in batch[part]])
-            losses, margin = bipo_loss(logps, ref_logps, d, recipe.beta)
-            (losses.sum() / len(batch)).backward()
-            results.append((logps.detach(), losses.detach(), margin.detach()))
-        logps, losses, margin = map(torch.cat, zip(*results, strict=True))
-        loss = losses.mean()
-        norm = torch.nn.utils.clip_grad_norm_(v, recipe.clip_norm)
-        if not (loss.isfinite() and norm.isfinite()):
+            part_logps, losses, margin = scored(model, layer, v, d, batch[part], recipe.beta)
+            (losses.sum() / len(rows)).backward()
+            sums += torch.stack([losses.sum(), margin.sum()]).detach() / len(rows)
+            logps.append(part_logps.detach())
+        sums = total(torch.cat([v.grad, sums]))
+        v.grad, (loss, margin) = sums[:-2], sums[-2:].tolist()
+        norm = torch.nn.utils.clip_grad_norm_(v, recipe.clip_norm).item()
+        if not math.isfinite(loss + norm):
             raise ValueError(f"step {step}: loss {loss}, gradient {norm}; try another dtype or lr")
         lr = lr_at(step - 1, recipe.lr, recipe.warmup_steps, horizon)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
-        last = step % per_epoch == 0
+        last, epoch = step % per_epoch == 0, math.ceil(step / per_epoch)
         report = evaluate(model, layer, v, held_out, recipe.beta) if last and held_out else None
-        numbers = (lr, loss.item(), margin.mean().item(), norm.item())
-        epoch = math.ceil(step / per_epoch)
-        after = v.detach().clone(), torch.stack(moments)
-        yield Step(step, epoch, rows, d, *numbers, report, logps, *after)
+        state = torch.stack([v.detach(), mean, square])
+        numbers = (lr, loss, margin, norm, report)
+        yield Step(step, epoch, rows, d, *numbers, torch.cat(logps), state[0], state)
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -268,6 +279,9 @@ def run(args):
 
     # 1. everything that can be wrong, before any long work
     began, layer = time.time(), args.layer
+    rank, n_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank > 0:  # torchrun's other processes say nothing
+        sys.stdout = open(os.devnull, "w")
     flags = {f.name: getattr(args, f.name) for f in fields(Recipe)}
     flags = {name: value for name, value in flags.items() if value is not None}
     recipe = replace(PRESETS[args.preset], **flags)
@@ -296,39 +310,56 @@ def run(args):
     settings |= {"dtype": str(dtype).removeprefix("torch.")}
     for name, value in settings.items():
         print(f"{name:10}  {value}".rstrip())
-    state, after = out / "state.safetensors", start(config.dim)
+    after, state = (0, torch.zeros(3, config.dim)), out / "state.safetensors"
     if args.resume and state.exists():
-        after = read_state(state, settings)
+        rows, old = data.load_vector(state)
+        for name, value in settings.items():
+            was = old.get(name)
+            data.require(was == value, f"{out} holds a run with {name} {was}, not {value}")
+        after = int(old["step"]), torch.stack([*rows.values()])
+    if n_processes > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     n_steps = recipe.epochs * math.ceil(len(pairs) / recipe.batch_size)
     if recipe.warmup_steps >= n_steps:
         print(f"note: all {n_steps} steps are warm-up; lower --warmup-steps below that")
 
     # 2. what does not depend on v; the blocks up to the layer come one at a time, the others stay
     checkpoint.read(layer + 1, config.n_layers)
-    model, progress = checkpoint.model, data.Progress("first pass")
-    cached = first_pass(model, layer, ids, checkpoint.hold, progress)
+    model, progress, cached = checkpoint.model, data.Progress("first pass"), [None] * len(ids)
+    mine = slice(rank, None, n_processes)  # each process's pairs; a stream is never sent
+    cached[mine] = first_pass(model, layer, ids[mine], checkpoint.hold, progress)
     pairs, held_out = cached[: len(pairs)], cached[len(pairs) :]
+    batches = draw_batches(len(pairs), recipe, args.seed, DIRECTIONS[args.method])
+    steps = train(model, layer, pairs, held_out, recipe, batches=batches, after=after)
+    if rank > 0:
+        for _ in steps:  # this process gives its share of the gradients; the first one saves
+            pass
+        return
 
     # 3. the vector; under --overwrite the old one stays until it is replaced
+    def save():
+        """Write what --resume goes on from."""
+        rows = dict(enumerate(after[1]))
+        data.save_vector(state, rows, settings | {"step": str(after[0])})
+
     log_file, rows = out / "log.jsonl", []
     if after[0]:
         print(f"going on after step {after[0]}")
         rows = log_file.read_text(encoding="utf-8").splitlines()[1 : 1 + after[0]]
     else:
-        save_state(state, settings, after)
+        save()
         for file in out.glob("epoch_*.safetensors"):
             file.unlink()
     with data.whole_file(log_file) as part:
-        part.write_text("\n".join([json.dumps(settings), *rows, ""]))
-    batches = draw_batches(len(pairs), recipe, args.seed, DIRECTIONS[args.method])
+        part.write_text("\n".join([json.dumps(settings), *rows, ""]), encoding="utf-8")
     progress, saved = data.Progress("step"), time.time()
     try:
         with open(log_file, "a", encoding="utf-8") as log:
-            for step in train(model, layer, pairs, held_out, recipe, 0, batches, after):
+            for step in steps:
                 row = {k: x for k, x in step._asdict().items() if not isinstance(x, torch.Tensor)}
                 row["v_norm"] = step.v.norm().item()
                 print(json.dumps(row), file=log, flush=True)
-                after = step.step, step.v, step.moments
+                after = step.step, step.state
                 line = "loss {loss:.4f}  lr {lr:.1e}  |v| {v_norm:.3f}".format(**row)
                 progress(step.step, n_steps, line)
                 if step.held_out:
@@ -337,36 +368,14 @@ def run(args):
                     for name in (f"epoch_{step.epoch:02}", "vector"):
                         data.save_vector(out / f"{name}.safetensors", {layer: step.v}, settings)
                 if step.held_out or time.time() > saved + SAVE_EVERY:
-                    save_state(state, settings, after)
+                    save()
                     saved = time.time()
     except (KeyboardInterrupt, SystemExit) as e:
-        save_state(state, settings, after)
+        save()
         e.add_note(f"the same command with --resume --out {out} goes on after step {after[0]}")
         raise
     minutes = (time.time() - began) / 60
     print(f"saved vector.safetensors, a file an epoch and log.jsonl in {out}, {minutes:.1f} min")
-
-
-def save_state(file, settings, after):
-    """Write what --resume goes on from: (step, v, moments) of a Step, and the run's settings."""
-    import data
-
-    tensors = dict(zip(("step", "v", "moments"), map(torch.as_tensor, after), strict=True))
-    with data.whole_file(file) as part:
-        save_file(tensors, part, {"settings": json.dumps(settings)})
-
-
-def read_state(file, settings):
-    """(step, v, moments) of a run that stopped. Raises ValueError if it had other settings."""
-    import data
-
-    with data.named(f"cannot read {file}", Exception):
-        tensors, metadata = data.read_tensors(file, None)
-        step, v, moments = (tensors[name] for name in ("step", "v", "moments"))
-        old = json.loads(metadata["settings"])
-    for name, value in settings.items():
-        data.require(old[name] == value, f"{file} is of a run with {name} {old[name]}, not {value}")
-    return int(step), v, moments
 
 
 def held_out_line(row):

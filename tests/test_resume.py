@@ -130,7 +130,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path, capsys, whole):
     ],
 )
 def test_other_settings_are_named_and_refused(fails, whole, flags, name):
-    fails(bipo.main, [*RUN, 3, "--out", whole, "--resume", *flags], "is of a run with", name)
+    fails(bipo.main, [*RUN, 3, "--out", whole, "--resume", *flags], "holds a run with", name)
 
 
 def test_pairs_that_were_changed_are_refused(tmp_path, fails, whole):
