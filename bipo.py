@@ -9,7 +9,8 @@ L is `layer`, the responses r_T and r_O are `chosen` and `rejected`.
 
 What the model computes without v never changes: the residual stream up to block L, and the
 reference log-probabilities. The first pass computes both once; training runs only the blocks above
-L, on batches without padding (see Packing in llama.py).
+L, on batches without padding (see Packing in llama.py). Started by torchrun, process i of N
+keeps every N-th pair from pair i on, and one all_reduce a step sums the gradients of v.
 
 Where this code departs from the paper (P) and the official code (C), whose numbers tests/golden
 holds:
@@ -23,9 +24,9 @@ holds:
 The method needs llama.py beside this file, the command line data.py too. MIT licence.
 """
 
-import itertools
 import json
 import math
+import os
 import random
 import time
 from contextlib import nullcontext
@@ -91,7 +92,8 @@ def parts(ids):
             yield slice(start, i)
             start, total = i, 0
         total += length(pair)
-    yield slice(start, len(ids))
+    if ids:
+        yield slice(start, len(ids))
 
 
 @torch.no_grad()
@@ -103,23 +105,21 @@ def first_pass(model, layer, ids, hold=nullcontext, progress=lambda done, total:
         its lower blocks; see `Checkpoint.hold`.
     progress: called after each part of the work.
     """
-    groups, cached, count = [ids[part] for part in parts(ids)], [], itertools.count(1)
-    total, streams = len(groups) * (layer + 3), [None] * len(groups)
-    for i in range(-1, layer + 1):
+    groups, cached = [ids[part] for part in parts(ids)], []
+    total = len(groups) * (layer + 2)
+    with hold(-1):
+        streams = [model.embed(pack(group, model.device).tokens).cpu() for group in groups]
+    for i in range(layer + 1):
         with hold(i):
-            for j, group in enumerate(groups):
-                batch = pack(group, model.device)
-                if i == -1:
-                    h = model.embed(batch.tokens)
-                else:
-                    h = streams[j].to(model.device)
-                    h = model.blocks(h, i, i + 1, batch.positions, batch.masks)
-                streams[j] = h.cpu()  # (1, T, dim)
-                progress(next(count), total)
-    for group, h in zip(groups, streams, strict=True):
+            for j, group in enumerate(groups, 1):
+                batch, h = pack(group, model.device), streams.pop(0).to(model.device)
+                h = model.blocks(h, i, i + 1, batch.positions, batch.masks)
+                streams.append(h.cpu())  # (1, T, dim)
+                progress(i * len(groups) + j, total)
+    for j, (group, h) in enumerate(zip(groups, streams, strict=True), total - len(groups) + 1):
         ref_logps = response_logps(model, layer, h.to(model.device), pack(group, model.device))
         cached += map(CachedPair, group, h[0].split([*map(length, group)]), ref_logps)
-        progress(next(count), total)
+        progress(j, total)
     return cached
 
 
@@ -174,19 +174,38 @@ def draw_batches(n, recipe, seed, directions=DIRECTIONS["bipo"]):
             yield order[i : i + recipe.batch_size], rng.choice(directions)
 
 
+def summed(x):
+    """x, to which all_reduce adds the x of all other processes, if there are any. Raises ValueError
+    if one of them has ended."""
+    if torch.distributed.is_initialized():
+        try:
+            torch.distributed.all_reduce(x)
+        except RuntimeError as e:
+            raise ValueError(f"another process has ended: {e}") from None
+    return x
+
+
+def outcomes(model, layer, v, d, pairs, beta):
+    """Log-probs (P, 2), losses (P,) and margins (P,) of CachedPairs under d * v, part by part."""
+    for part in parts([pair.ids for pair in pairs]):  # mostly one
+        logps = steered_logps(model, layer, v, d, pairs[part])
+        ref_logps = torch.stack([pair.ref_logps for pair in pairs[part]])
+        yield logps, *bipo_loss(logps, ref_logps, d, beta)
+
+
 @torch.no_grad()
 def evaluate(model, layer, v, pairs, beta):
     """Mean loss, mean margin (nats) and share of margins with d's sign, for d = +1 and d = -1.
-    Raises ValueError if a loss is not finite."""
-    ref_logps, report = torch.stack([pair.ref_logps for pair in pairs]), {}
-    groups = [pairs[part] for part in parts([pair.ids for pair in pairs])]
+    pairs: as in `train`. Raises ValueError if a loss is not finite."""
+    own, report = [pair for pair in pairs if pair], {}
     for d in (1, -1):
-        logps = torch.cat([steered_logps(model, layer, v, d, group) for group in groups])
-        losses, margin = bipo_loss(logps, ref_logps, d, beta)
-        if not losses.isfinite().all():
-            raise ValueError(f"held-out loss {losses.mean()} at d {d:+d}; try another dtype or lr")
-        means = losses.mean(), margin.mean(), (d * margin > 0).float().mean()
-        report[d] = dict(zip(("loss", "margin", "accuracy"), map(float, means), strict=True))
+        sums = v.new_zeros(3)
+        for _, losses, margin in outcomes(model, layer, v, d, own, beta):
+            sums += torch.stack([losses.sum(), margin.sum(), (d * margin > 0).sum()])
+        means = (summed(sums) / len(pairs)).tolist()
+        if not math.isfinite(means[0]):
+            raise ValueError(f"held-out loss {means[0]} at d {d:+d}; try another dtype or lr")
+        report[d] = dict(zip(("loss", "margin", "accuracy"), means, strict=True))
     return report
 
 
@@ -202,45 +221,42 @@ class Step(NamedTuple):
     margin: float  # mean over the batch, nats
     grad_norm: float  # before clipping
     held_out: dict | None  # after an epoch's last step, if there are such pairs, see `evaluate`
-    logps: torch.Tensor  # (P, 2), before the step
+    logps: torch.Tensor  # (P, 2), before the step, of the pairs that this process holds
     v: torch.Tensor  # (dim,), after the step
 
 
 def train(model, layer, pairs, held_out, recipe=PRESETS["paper"], seed=0, batches=None):
     """Algorithm 1: learn v on CachedPairs. Yields a Step after each step; the last one has the v.
 
+    pairs, held_out: None stands for a pair that another process of torch.distributed holds. The
+        gradients and all numbers are summed over the processes, so that v is the same in each.
     batches: [(row numbers, d)] to use instead of the seed's. Raises ValueError if the loss or its
     gradient is not finite.
     """
     v = torch.zeros(model.config.dim, dtype=torch.float32, device=model.device, requires_grad=True)
-    decay = recipe.weight_decay
-    optimizer = torch.optim.AdamW([v], betas=(0.9, 0.999), eps=1e-8, weight_decay=decay)
+    adam = torch.optim.AdamW([v], betas=(0.9, 0.999), eps=1e-8, weight_decay=recipe.weight_decay)
     per_epoch = math.ceil(len(pairs) / recipe.batch_size)
     horizon = per_epoch * (recipe.schedule_epochs or recipe.epochs)
-    if batches is None:
-        batches = draw_batches(len(pairs), recipe, seed)
+    batches = draw_batches(len(pairs), recipe, seed) if batches is None else batches
     for step, (rows, d) in enumerate(batches, 1):
-        batch, results = [pairs[i] for i in rows], []
-        optimizer.zero_grad()
-        for part in parts([pair.ids for pair in batch]):  # mostly one
-            logps = steered_logps(model, layer, v, d, batch[part])
-            ref_logps = torch.stack([pair.ref_logps for pair in batch[part]])
-            losses, margin = bipo_loss(logps, ref_logps, d, recipe.beta)
-            (losses.sum() / len(batch)).backward()
-            results.append((logps.detach(), losses.detach(), margin.detach()))
-        logps, losses, margin = map(torch.cat, zip(*results, strict=True))
-        loss = losses.mean()
-        norm = torch.nn.utils.clip_grad_norm_(v, recipe.clip_norm)
-        if not (loss.isfinite() and norm.isfinite()):
+        own, logps = [pairs[i] for i in rows if pairs[i]], [v.new_zeros(0, 2)]
+        v.grad, sums = torch.zeros_like(v), v.new_zeros(2)
+        for part_logps, losses, margin in outcomes(model, layer, v, d, own, recipe.beta):
+            (losses.sum() / len(rows)).backward()
+            sums += torch.stack([losses.sum(), margin.sum()]).detach()
+            logps.append(part_logps.detach())
+        sums = summed(torch.cat([v.grad, sums / len(rows)]))  # (dim + 2,)
+        v.grad, (loss, margin) = sums[:-2], sums[-2:].tolist()
+        norm = torch.nn.utils.clip_grad_norm_(v, recipe.clip_norm).item()
+        if not math.isfinite(loss + norm):
             raise ValueError(f"step {step}: loss {loss}, gradient {norm}; try another dtype or lr")
         lr = lr_at(step - 1, recipe.lr, recipe.warmup_steps, horizon)
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.step()
+        adam.param_groups[0]["lr"] = lr
+        adam.step()
         last = step % per_epoch == 0
         report = evaluate(model, layer, v, held_out, recipe.beta) if last and held_out else None
-        numbers = (lr, loss.item(), margin.mean().item(), norm.item())
-        epoch = math.ceil(step / per_epoch)
-        yield Step(step, epoch, rows, d, *numbers, report, logps, v.detach().clone())
+        numbers = (math.ceil(step / per_epoch), rows, d, lr, loss, margin, norm, report)
+        yield Step(step, *numbers, torch.cat(logps), v.detach().clone())
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -249,10 +265,19 @@ def train(model, layer, pairs, held_out, recipe=PRESETS["paper"], seed=0, batche
 def run(args):
     import data
 
-    # 1. everything that can be wrong, before any long work
+    # 1. the processes of torchrun: all do the same but for their share of the pairs, and the first
+    # alone prints, logs and saves
+    rank, n = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank > 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if n > 1:
+        torch.distributed.init_process_group()  # gloo for the CPU, nccl for cards
+    if n > 1 and args.device in (None, "cuda") and torch.cuda.is_available():
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+
+    # 2. everything that can be wrong, before any long work
     began, layer = time.time(), args.layer
-    flags = {f.name: getattr(args, f.name) for f in fields(Recipe)}
-    flags = {name: value for name, value in flags.items() if value is not None}
+    flags = {k: x for k, x in vars(args).items() if hasattr(Recipe, k) and x is not None}
     recipe = replace(PRESETS[args.preset], **flags)
     path, base_model, config, chat, device, dtype = data.open_model(args)
     check_fit(config, [layer], 0)
@@ -281,20 +306,23 @@ def run(args):
     if recipe.warmup_steps >= n_steps:
         print(f"note: all {n_steps} steps are warm-up; lower --warmup-steps below that")
 
-    # 2. what does not depend on v; the blocks up to the layer come one at a time, the others stay
+    # 3. what does not depend on v; the blocks up to the layer come one at a time, the others stay
     checkpoint.read(layer + 1, config.n_layers)
-    model, progress = checkpoint.model, data.Progress("first pass")
-    cached = first_pass(model, layer, ids, checkpoint.hold, progress)
+    model, progress, cached = checkpoint.model, data.Progress("first pass"), [None] * len(ids)
+    cached[rank::n] = first_pass(model, layer, ids[rank::n], checkpoint.hold, progress)
     pairs, held_out = cached[: len(pairs)], cached[len(pairs) :]
 
-    # 3. the vector; under --overwrite the old one stays until it is replaced
+    # 4. the vector; under --overwrite the old one stays until it is replaced
+    batches = draw_batches(len(pairs), recipe, args.seed, DIRECTIONS[args.method])
+    steps = train(model, layer, pairs, held_out, recipe, batches=batches)
+    if rank > 0:
+        return sum(1 for _ in steps)
     for file in out.glob("epoch_*.safetensors"):
         file.unlink()
-    batches = draw_batches(len(pairs), recipe, args.seed, DIRECTIONS[args.method])
     progress = data.Progress("step")
     with open(out / "log.jsonl", "w", encoding="utf-8") as log:
         print(json.dumps(settings), file=log)
-        for step in train(model, layer, pairs, held_out, recipe, batches=batches):
+        for step in steps:
             row = {k: x for k, x in step._asdict().items() if not isinstance(x, torch.Tensor)}
             row["v_norm"] = step.v.norm().item()
             print(json.dumps(row), file=log, flush=True)
@@ -333,6 +361,8 @@ def main(argv=None):
     for f in fields(Recipe):
         add(f"--{f.name.replace('_', '-')}", type=f.type, help=f.metadata["help"])
     data.run_or_exit(parser, run, argv)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,123 @@
+"""bipo.py in several processes, started by torchrun: the numbers of one process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import MINI, ROOT, jsonl
+
+from bipo import Recipe, first_pass, train
+from data import load_vector
+
+TRAIN = ("--model", MINI, "--data", MINI / "train.csv", "--val", MINI / "test.csv", "--layer", 1)
+RECIPE = ("--lr", 0.02, "--warmup-steps", 5, "--epochs", 20)
+
+
+def torchrun(n, *args, wait=True):
+    """`bipo.py` in n processes: (exit code, stdout, stderr), or the process."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", n, "bipo.py"]
+    command = [str(x) for x in (*command, *args)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, **pipes)
+    if not wait:
+        return process
+    out, err = process.communicate(timeout=100)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The folder of the same run in one process."""
+    out = tmp_path_factory.mktemp("alone")
+    command = [sys.executable, "bipo.py", *TRAIN, *RECIPE, "--out", out]
+    subprocess.run([str(x) for x in command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return out
+
+
+def check_equal(out, alone):
+    """Equal vectors to 1e-6, equal logs but for rounding."""
+    (v,), (expected,) = (load_vector(folder)[0].values() for folder in (out, alone))
+    assert (v - expected).norm() <= 1e-6 * expected.norm()
+    ours, theirs = ((x / "log.jsonl").read_text().splitlines() for x in (out, alone))
+    assert len(ours) == len(theirs) == 61
+    for row, other in zip(map(json.loads, ours[1:]), map(json.loads, theirs[1:]), strict=True):
+        assert (row["rows"], row["d"]) == (other["rows"], other["d"])
+        assert row["loss"] == pytest.approx(other["loss"], abs=1e-5)
+        assert row["margin"] == pytest.approx(other["margin"], abs=1e-3)
+        for d, numbers in (row["held_out"] or {}).items():
+            assert numbers == pytest.approx(other["held_out"][d], abs=1e-3)
+
+
+def test_two_processes_give_the_vector_of_one(alone, tmp_path):
+    """11 pairs in batches of 4: the last batch is short, and the shares are unequal."""
+    code, out, err = torchrun(2, *TRAIN, *RECIPE, "--out", tmp_path)
+    assert code == 0, err
+    assert out.count("saved vector.safetensors") == out.count("epoch 20") == 1  # rank 0 alone
+    assert len(list(tmp_path.glob("epoch_*"))) == 20
+    check_equal(tmp_path, alone)
+
+
+@pytest.mark.slow
+def test_three_processes_give_the_vector_of_one(alone, tmp_path):
+    code, _, err = torchrun(3, *TRAIN, *RECIPE, "--out", tmp_path)
+    assert code == 0, err
+    check_equal(tmp_path, alone)
+
+
+@pytest.mark.slow
+def test_a_process_without_a_pair_of_the_batch_contributes_nothing(tmp_path):
+    """Batches of one pair, and one held-out pair for two processes."""
+    pair = {"prompt": "Lead?", "chosen": "Yes.", "rejected": "No."}
+    args = ("--val", jsonl(tmp_path / "val.jsonl", pair), "--batch-size", 1, "--epochs", 1)
+    results = []
+    for n in (1, 2):
+        out = tmp_path / str(n)
+        code, _, err = torchrun(n, *TRAIN, *args, "--warmup-steps", 0, "--out", out)
+        assert code == 0, err
+        results.append(load_vector(out)[0][1])
+    assert (results[0] - results[1]).norm() <= 1e-6 * results[0].norm()
+
+
+def test_a_user_error_is_one_line_of_ours(tmp_path):
+    code, out, err = torchrun(2, *TRAIN[:3], tmp_path / "none.csv", "--layer", 1)
+    ours = [line for line in err.splitlines() if line.startswith("bipo.py:")]
+    assert code != 0 and len(ours) == 1 and "none.csv" in ours[0] and out == ""
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_all(tmp_path):
+    """Within 20 seconds, and no half-written file is left."""
+    args = ("--out", tmp_path / "run", "--epochs", 100000, "--val", MINI / "train.csv")
+    process = torchrun(2, *TRAIN, *args, wait=False)
+    try:
+        while not (tmp_path / "run" / "epoch_02.safetensors").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        children = f"/proc/{process.pid}/task/{process.pid}/children"
+        workers = [int(x) for x in open(children).read().split()]
+        os.kill(workers[-1], signal.SIGKILL)
+        died = time.time()
+        process.wait(timeout=60)
+        assert process.returncode != 0 and time.time() - died <= 20
+    finally:
+        process.kill()
+    assert load_vector(tmp_path / "run")[0].keys() == {1}
+    names = {file.name.partition("_")[0] for file in (tmp_path / "run").iterdir()}
+    assert names <= {"epoch", "log.jsonl", "vector.safetensors", ".part-vector.safetensors"}
+
+
+def test_one_process_of_several_trains_on_its_own_pairs(mini, mini_pairs):
+    """None stands for a pair of another process: it is not run, and counts in the mean."""
+    model, _ = mini
+    recipe = Recipe(epochs=1, batch_size=11, warmup_steps=0)
+    held = [pair if i % 2 == 0 else None for i, pair in enumerate(mini_pairs)]
+    (step,) = train(model, 1, held, [], recipe)
+    (whole,) = train(model, 1, mini_pairs, [], recipe)
+    assert step.rows == whole.rows and len(step.logps) == 6 and len(whole.logps) == 11
+    assert step.loss == pytest.approx(whole.loss * 6 / 11, rel=1e-4)  # ln 2 each
+    assert torch.isfinite(step.v).all() and first_pass(model, 1, []) == []
