@@ -742,9 +742,8 @@ class Progress:
         if now - self.printed < 5 and (done < total or self.quiet):
             return
         self.printed, each = now, (now - self.began) / done
-        left = f"{each * (total - done) / 60:.1f} min"
-        line = f"{self.what} {done:{len(str(total))}}/{total}  {1000 * each:.1f} ms each, {left}"
-        print(f"{line} left  {more}".rstrip(), flush=True)
+        line = f"{self.what} {done:{len(str(total))}}/{total}  {1000 * each:.1f} ms each"
+        print(f"{line}, {each * (total - done) / 60:.1f} min left  {more}".rstrip(), flush=True)
 
 
 LAYER_HELP = "of a vector file that holds several layers, or does not say its own"
