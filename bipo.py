@@ -9,7 +9,8 @@ L is `layer`, the responses r_T and r_O are `chosen` and `rejected`.
 
 What the model computes without v never changes: the residual stream up to block L, and the
 reference log-probabilities. The first pass computes both once; training runs only the blocks above
-L, on batches without padding (see Packing in llama.py).
+L, on batches without padding (see Packing in llama.py). Started by torchrun, process i of N
+keeps every N-th pair from pair i on, and one all_reduce a step sums the gradients of v.
 
 Where this code departs from the paper (P) and the official code (C), whose numbers tests/golden
 holds:
@@ -29,7 +30,6 @@ import json
 import math
 import os
 import random
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -37,7 +37,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from llama import Checkpoint, PairIds, add_vector, check_fit, length, pack
@@ -108,23 +107,21 @@ def first_pass(model, layer, ids, hold=nullcontext, progress=lambda done, total:
         its lower blocks; see `Checkpoint.hold`.
     progress: called after each part of the work.
     """
-    groups, cached, count = [ids[part] for part in parts(ids)], [], itertools.count(1)
-    total, streams = len(groups) * (layer + 3), [None] * len(groups)
-    for i in range(-1, layer + 1):
+    groups, cached = [ids[part] for part in parts(ids)], []
+    total = len(groups) * (layer + 2)
+    with hold(-1):
+        streams = [model.embed(pack(group, model.device).tokens).cpu() for group in groups]
+    for i in range(layer + 1):
         with hold(i):
-            for j, group in enumerate(groups):
-                batch = pack(group, model.device)
-                if i == -1:
-                    h = model.embed(batch.tokens)
-                else:
-                    h = streams[j].to(model.device)
-                    h = model.blocks(h, i, i + 1, batch.positions, batch.masks)
-                streams[j] = h.cpu()  # (1, T, dim)
-                progress(next(count), total)
-    for group, h in zip(groups, streams, strict=True):
+            for j, group in enumerate(groups, 1):
+                batch, h = pack(group, model.device), streams.pop(0).to(model.device)
+                h = model.blocks(h, i, i + 1, batch.positions, batch.masks)
+                streams.append(h.cpu())  # (1, T, dim)
+                progress(i * len(groups) + j, total)
+    for j, (group, h) in enumerate(zip(groups, streams, strict=True), total - len(groups) + 1):
         ref_logps = response_logps(model, layer, h.to(model.device), pack(group, model.device))
         cached += map(CachedPair, group, h[0].split([*map(length, group)]), ref_logps)
-        progress(next(count), total)
+        progress(j, total)
     return cached
 
 
@@ -179,33 +176,38 @@ def draw_batches(n, recipe, seed, directions=DIRECTIONS["bipo"]):
             yield order[i : i + recipe.batch_size], rng.choice(directions)
 
 
-def total(x):
-    """The sum of a tensor over all processes, if there are several: see `train`."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
+def summed(x):
+    """x, to which all_reduce adds the x of all other processes, if there are any. Raises ValueError
+    if one of them has ended."""
+    if torch.distributed.is_initialized():
+        try:
+            torch.distributed.all_reduce(x)
+        except RuntimeError as e:
+            raise ValueError(f"another process has ended: {e}") from None
     return x
 
 
-def scored(model, layer, v, d, pairs, beta):
-    """Log-probs (P, 2), losses (P,) and margins (P,) of CachedPairs under d * v."""
-    logps = steered_logps(model, layer, v, d, pairs)
-    return logps, *bipo_loss(logps, torch.stack([pair.ref_logps for pair in pairs]), d, beta)
+def outcomes(model, layer, v, d, pairs, beta):
+    """Log-probs (P, 2), losses (P,) and margins (P,) of CachedPairs under d * v, part by part."""
+    for part in parts([pair.ids for pair in pairs]):  # mostly one
+        logps = steered_logps(model, layer, v, d, pairs[part])
+        ref_logps = torch.stack([pair.ref_logps for pair in pairs[part]])
+        yield logps, *bipo_loss(logps, ref_logps, d, beta)
 
 
 @torch.no_grad()
 def evaluate(model, layer, v, pairs, beta):
     """Mean loss, mean margin (nats) and share of margins with d's sign, for d = +1 and d = -1.
     pairs: as in `train`. Raises ValueError if a loss is not finite."""
-    mine, report = [pair for pair in pairs if pair], {}
+    own, report = [pair for pair in pairs if pair], {}
     for d in (1, -1):
         sums = v.new_zeros(3)
-        for part in parts([pair.ids for pair in mine]):
-            _, losses, margin = scored(model, layer, v, d, mine[part], beta)
+        for _, losses, margin in outcomes(model, layer, v, d, own, beta):
             sums += torch.stack([losses.sum(), margin.sum(), (d * margin > 0).sum()])
-        means = (total(sums) / len(pairs)).tolist()
-        report[d] = dict(zip(("loss", "margin", "accuracy"), means, strict=True))
+        means = (summed(sums) / len(pairs)).tolist()
         if not math.isfinite(means[0]):
             raise ValueError(f"held-out loss {means[0]} at d {d:+d}; try another dtype or lr")
+        report[d] = dict(zip(("loss", "margin", "accuracy"), means, strict=True))
     return report
 
 
@@ -221,7 +223,7 @@ class Step(NamedTuple):
     margin: float  # mean over the batch, nats
     grad_norm: float  # before clipping
     held_out: dict | None  # after an epoch's last step, if there are such pairs, see `evaluate`
-    logps: torch.Tensor  # (P, 2), before the step
+    logps: torch.Tensor  # (P, 2), before the step, of the pairs that this process holds
     v: torch.Tensor  # (dim,), after the step
     state: torch.Tensor  # (3, dim), v and AdamW's running means of its gradient and the square
 
@@ -229,8 +231,8 @@ class Step(NamedTuple):
 def train(model, layer, pairs, held_out, recipe=PRESETS["paper"], seed=0, batches=None, after=None):
     """Algorithm 1: learn v on CachedPairs. Yields a Step after each step; the last one has the v.
 
-    pairs, held_out: where torch.distributed runs, None stands for a pair that another process
-        holds; gradients and means are summed over all processes, and all have the same v.
+    pairs, held_out: None stands for a pair that another process of torch.distributed holds. The
+        gradients and all numbers are summed over the processes, so that v is the same in each.
     batches: [(row numbers, d)] to use instead of the seed's.
     after: (step, state) of the Step to go on after. What follows is bitwise what it would have been
         without the interruption.
@@ -239,34 +241,30 @@ def train(model, layer, pairs, held_out, recipe=PRESETS["paper"], seed=0, batche
     done, state = after or (0, torch.zeros(3, model.config.dim))
     v, mean, square = state.to(model.device, copy=True)
     v.requires_grad_()
-    decay = recipe.weight_decay
-    optimizer = torch.optim.AdamW([v], betas=(0.9, 0.999), eps=1e-8, weight_decay=decay)
-    optimizer.state[v] = dict(step=torch.tensor(float(done)), exp_avg=mean, exp_avg_sq=square)
+    adam = torch.optim.AdamW([v], betas=(0.9, 0.999), eps=1e-8, weight_decay=recipe.weight_decay)
+    adam.state[v] = dict(step=torch.tensor(float(done)), exp_avg=mean, exp_avg_sq=square)
     per_epoch = math.ceil(len(pairs) / recipe.batch_size)
     horizon = per_epoch * (recipe.schedule_epochs or recipe.epochs)
-    if batches is None:
-        batches = draw_batches(len(pairs), recipe, seed)
+    batches = draw_batches(len(pairs), recipe, seed) if batches is None else batches
     for step, (rows, d) in itertools.islice(enumerate(batches, 1), done, None):
-        batch, logps = [pairs[i] for i in rows if pairs[i]], [v.new_zeros(0, 2)]
+        own, logps = [pairs[i] for i in rows if pairs[i]], [v.new_zeros(0, 2)]
         v.grad, sums = torch.zeros_like(v), v.new_zeros(2)
-        for part in parts([pair.ids for pair in batch]):  # mostly one
-            part_logps, losses, margin = scored(model, layer, v, d, batch[part], recipe.beta)
+        for part_logps, losses, margin in outcomes(model, layer, v, d, own, recipe.beta):
             (losses.sum() / len(rows)).backward()
-            sums += torch.stack([losses.sum(), margin.sum()]).detach() / len(rows)
+            sums += torch.stack([losses.sum(), margin.sum()]).detach()
             logps.append(part_logps.detach())
-        sums = total(torch.cat([v.grad, sums]))
+        sums = summed(torch.cat([v.grad, sums / len(rows)]))  # (dim + 2,)
         v.grad, (loss, margin) = sums[:-2], sums[-2:].tolist()
         norm = torch.nn.utils.clip_grad_norm_(v, recipe.clip_norm).item()
         if not math.isfinite(loss + norm):
             raise ValueError(f"step {step}: loss {loss}, gradient {norm}; try another dtype or lr")
-        lr = lr_at(step - 1, recipe.lr, recipe.warmup_steps, horizon)
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.step()
-        last, epoch = step % per_epoch == 0, math.ceil(step / per_epoch)
+        adam.param_groups[0]["lr"] = lr = lr_at(step - 1, recipe.lr, recipe.warmup_steps, horizon)
+        adam.step()
+        last = step % per_epoch == 0
         report = evaluate(model, layer, v, held_out, recipe.beta) if last and held_out else None
+        numbers = (math.ceil(step / per_epoch), rows, d, lr, loss, margin, norm, report)
         state = torch.stack([v.detach(), mean, square])
-        numbers = (lr, loss, margin, norm, report)
-        yield Step(step, epoch, rows, d, *numbers, torch.cat(logps), state[0], state)
+        yield Step(step, *numbers, torch.cat(logps), state[0], state)
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -277,15 +275,23 @@ SAVE_EVERY = 120  # seconds; what --resume goes on from is written that often, a
 def run(args):
     import data
 
-    # 1. everything that can be wrong, before any long work
+    # 1. the processes of torchrun: all do the same but for their share of the pairs, and the first
+    # alone prints, logs and saves
+    rank, n = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank > 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if n > 1:
+        torch.distributed.init_process_group()  # gloo for the CPU, nccl for cards
+    if n > 1 and args.device in (None, "cuda") and torch.cuda.is_available():
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+
+    # 2. everything that can be wrong, before any long work
     began, layer = time.time(), args.layer
-    rank, n_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if rank > 0:  # torchrun's other processes say nothing
-        sys.stdout = open(os.devnull, "w")
-    flags = {f.name: getattr(args, f.name) for f in fields(Recipe)}
-    flags = {name: value for name, value in flags.items() if value is not None}
+    flags = {k: x for k, x in vars(args).items() if hasattr(Recipe, k) and x is not None}
     recipe = replace(PRESETS[args.preset], **flags)
+    args.device, *others = (args.device or "").split(",")
     path, base_model, config, chat, device, dtype = data.open_model(args)
+    more = [data.pick_device(name, args.dtype)[0] for name in others]
     check_fit(config, [layer], 0)
     pairs, held_out = data.read_sets(args)
     data.note_shortcuts(pairs)
@@ -296,7 +302,7 @@ def run(args):
     ids = [chat.encode_pair(pair, config.max_seq_len) for pair in pairs + held_out]
     what = f"{len(pairs)} pairs of {args.data}, held out {len(held_out)} {origin}"
     what += f", ids {hashlib.sha256(str(ids).encode()).hexdigest()[:12]}"
-    checkpoint = Checkpoint(path, dtype, device)
+    checkpoint = Checkpoint(path, dtype, device, more)
     stem = Path(args.data.name.removesuffix(".gz")).stem
     out = args.out or Path("runs", f"{stem}-layer{layer}-{args.method}".removesuffix("-bipo"))
     data.check_output(out / "vector.safetensors")
@@ -310,6 +316,10 @@ def run(args):
     settings |= {"dtype": str(dtype).removeprefix("torch.")}
     for name, value in settings.items():
         print(f"{name:10}  {value}".rstrip())
+    n_steps = recipe.epochs * math.ceil(len(pairs) / recipe.batch_size)
+    if recipe.warmup_steps >= n_steps:
+        print(f"note: all {n_steps} steps are warm-up; lower --warmup-steps below that")
+
     after, state = (0, torch.zeros(3, config.dim)), out / "state.safetensors"
     if args.resume and state.exists():
         rows, old = data.load_vector(state)
@@ -317,26 +327,19 @@ def run(args):
             was = old.get(name)
             data.require(was == value, f"{out} holds a run with {name} {was}, not {value}")
         after = int(old["step"]), torch.stack([*rows.values()])
-    if n_processes > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    n_steps = recipe.epochs * math.ceil(len(pairs) / recipe.batch_size)
-    if recipe.warmup_steps >= n_steps:
-        print(f"note: all {n_steps} steps are warm-up; lower --warmup-steps below that")
 
-    # 2. what does not depend on v; the blocks up to the layer come one at a time, the others stay
+    # 3. what does not depend on v; the blocks up to the layer come one at a time, the others stay
     checkpoint.read(layer + 1, config.n_layers)
     model, progress, cached = checkpoint.model, data.Progress("first pass"), [None] * len(ids)
-    mine = slice(rank, None, n_processes)  # each process's pairs; a stream is never sent
-    cached[mine] = first_pass(model, layer, ids[mine], checkpoint.hold, progress)
+    cached[rank::n] = first_pass(model, layer, ids[rank::n], checkpoint.hold, progress)
     pairs, held_out = cached[: len(pairs)], cached[len(pairs) :]
-    batches = draw_batches(len(pairs), recipe, args.seed, DIRECTIONS[args.method])
-    steps = train(model, layer, pairs, held_out, recipe, batches=batches, after=after)
-    if rank > 0:
-        for _ in steps:  # this process gives its share of the gradients; the first one saves
-            pass
-        return
 
-    # 3. the vector; under --overwrite the old one stays until it is replaced
+    # 4. the vector; under --overwrite the old one stays until it is replaced
+    batches = draw_batches(len(pairs), recipe, args.seed, DIRECTIONS[args.method])
+    steps = train(model, layer, pairs, held_out, recipe, 0, batches, after)
+    if rank > 0:
+        return sum(1 for _ in steps)
+
     def save():
         """Write what --resume goes on from."""
         rows = dict(enumerate(after[1]))

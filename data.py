@@ -696,9 +696,11 @@ def whole_file(path):
 
 
 class Parser(argparse.ArgumentParser):
-    """Prints an error as one line; its exit code is 2."""
+    """Prints an error as one line; its exit code is 2. Of torchrun's processes the first prints it
+    and torchrun then ends the others, which wait; a later one speaks if the error is its alone."""
 
     def error(self, message):
+        time.sleep(5 if os.environ.get("RANK", "0") != "0" else 0)
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
 

@@ -51,10 +51,8 @@ class Config:
             if type(value) is not kind or (kind in (int, float) and not 0 < value < math.inf):
                 raise ValueError(f"{name} = {value!r} is not a possible {kind.__name__}")
         if self.n_heads % self.n_kv_heads or self.head_dim % 2:
-            heads = (
-                f"n_heads {self.n_heads}, n_kv_heads {self.n_kv_heads}, head_dim {self.head_dim}"
-            )
-            raise ValueError(f"{heads}: the second must divide the first, the third be even")
+            text = f"n_heads {self.n_heads}, n_kv_heads {self.n_kv_heads}, head_dim {self.head_dim}"
+            raise ValueError(f"{text}: the second must divide the first, the third be even")
         low, high = self.rope_scaling[1:3] or (1, 2)
         if not all(0 < x < math.inf for x in self.rope_scaling) or low >= high:
             raise ValueError(f"rope_scaling {self.rope_scaling} needs numbers > 0 and low < high")
@@ -119,16 +117,15 @@ class Attention(nn.Module):
         self.wo = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
 
     def forward(self, x, cos, sin, mask, cache, layer):
-        xq = self.wq(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
-        xk = self.wk(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, K, T, D)
-        xv = self.wv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        heads = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        xq, xk, xv = (each.transpose(1, 2) for each in heads)  # (B, H, T, D), (B, K, T, D) twice
         xq, xk = rotate(xq, cos, sin), rotate(xk, cos, sin)
         if cache:
             xk, xv = cache.extend(layer, xk, xv)  # (B, K, S, D)
         if isinstance(mask, list):  # packed pairs do not see each other: one attention each
             sizes = [len(pair_mask) for pair_mask in mask]
             pairs = zip(*(x.split(sizes, dim=2) for x in (xq, xk, xv)), mask, strict=True)
-            out = torch.cat([attend(*pair) for pair in pairs], dim=2)
+            out = torch.cat([attend(q, k, v, m.to(x.device)) for q, k, v, m in pairs], dim=2)
         else:
             out = attend(xq, xk, xv, mask)
         return self.wo(out.transpose(1, 2).flatten(-2))  # (B, T, dim)
@@ -213,20 +210,21 @@ class Llama(nn.Module):
         cache: a KVCache, read and extended; the last block advances its length.
         steer: {layer: v broadcastable to (B, T, dim)}; layers that are not run are left out.
         """
-        steer = steer or {}
-        past, T = cache.length if cache else 0, h.shape[1]
+        past, T, device = cache.length if cache else 0, h.shape[1], h.device
         if positions is None:
             positions = torch.arange(past, past + T, device=h.device)
         if mask is None and past and T > 1:  # query i stands at past + i and sees keys up to there
             mask = torch.ones(T, past + T, dtype=torch.bool, device=h.device).tril(past)
         cos, sin = rope_tables(positions, self.config, wide(h.dtype))
         for i in range(start, stop):
+            where = self.layers[i].ffn_norm.weight.device  # the block's card, see `place`
+            h, cos, sin = h.to(where), cos.to(where), sin.to(where)
             h = self.layers[i](h, cos, sin, mask, cache, i)
-            if i in steer:
+            if steer and i in steer:
                 h = add_vector(h, steer[i])
         if cache and stop == self.config.n_layers:
             cache.length += T
-        return h
+        return h.to(device)
 
     def head(self, h):
         """The residual stream after the last block (..., dim) -> logits (..., vocab_size) in fp32,
@@ -239,8 +237,7 @@ class Llama(nn.Module):
         Raises ValueError for a layer that is not there and for input longer than the context."""
         past, stop = cache.length if cache else 0, self.config.n_layers
         check_fit(self.config, steer or {}, past + tokens.shape[1])
-        h = self.blocks(self.embed(tokens), 0, stop, positions, mask, cache, steer)
-        return self.head(h)
+        return self.head(self.blocks(self.embed(tokens), 0, stop, positions, mask, cache, steer))
 
 
 def check_fit(config, layers, n_tokens):
@@ -456,17 +453,26 @@ def open_weights(file):
         raise ValueError(f"cannot read {file}: {e}".split("\n")[0]) from None
 
 
+def place(name, start, stop, devices):
+    """The device of a weight: blocks start .. stop - 1 are laid over the devices in order, in runs
+    that differ by at most one block. Embedding, norm and head are on the first, where the stream
+    comes in and comes out; `Llama.blocks` hands it on."""
+    i = name.split(".")[1]  # the block's number, or "weight" of what is no block
+    return devices[(int(i) - start) * len(devices) // (stop - start) if i.isdecimal() else 0]
+
+
 class Checkpoint:
     """The Hugging Face checkpoint in folder `path`, opened: config, names and shapes are checked,
     the weights are not read yet. Raises ValueError with the name of a tensor that is missing, left
     over or of the wrong shape; see also `read_config`.
 
+    more: further devices, over which `read` lays the blocks that it reads at once, see `place`.
     model: the frozen Llama. What `read` has not brought yet is on torch's meta device and takes no
     memory.
     """
 
-    def __init__(self, path, dtype=torch.float32, device="cpu"):
-        self.dtype, self.device = dtype, device
+    def __init__(self, path, dtype=torch.float32, device="cpu", more=()):
+        self.dtype, self.devices = dtype, [device, *more]
         config, tensors, self.files = read_config(path), {}, {}
         for file in weight_files(Path(path)):
             tensors |= open_weights(file)
@@ -500,7 +506,8 @@ class Checkpoint:
         for file in {self.files[name] for name in names}:
             for name, x in open_weights(file).items():
                 if name in names:
-                    weights[names[name]] = x.to(self.device, self.dtype)
+                    device = place(names[name], start, stop, self.devices)
+                    weights[names[name]] = x.to(device, self.dtype)
         self.model.load_state_dict(weights, strict=False, assign=True)
 
     @contextmanager

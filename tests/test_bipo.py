@@ -301,7 +301,7 @@ def test_first_pass_reports_its_progress(mini, mini_pairs, monkeypatch):
     monkeypatch.setattr(bipo, "MAX_TOKENS", 1)
     ids = [pair.ids for pair in mini_pairs[:2]]
     first_pass(model, 1, ids, progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(i, 8) for i in range(1, 9)]  # embedding, two blocks, the rest; two pairs
+    assert calls == [(i, 6) for i in range(1, 7)]  # two blocks, the reference; two pairs
 
 
 def test_parts_hold_as_many_tokens_as_allowed_or_one_pair():
