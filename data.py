@@ -23,6 +23,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import time
@@ -790,7 +791,7 @@ class Progress:
         line = f"{self.what} {done:{len(str(total))}}/{total}  {1000 * each:.1f} ms each, "
         line = f"{line}{left / 60:.1f} min left  {more}".rstrip()
         rewritten, self.printed = terminal and not last, now
-        line = line[: os.get_terminal_size().columns - 1] + "\r" if rewritten else line + "\n"
+        line = line[: shutil.get_terminal_size().columns - 1] + "\r" if rewritten else line + "\n"
         print(line, end="", flush=True)
 
 
