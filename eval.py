@@ -75,9 +75,8 @@ def times(m, steer):
     return {layer: m * v for layer, v in steer.items()}
 
 
-def finite(tensor, m):
-    bad = f"at multiplier {m:+g} the model overflows: try smaller multipliers"
-    data.require(tensor.isfinite().all(), bad)
+def finite(tensor, at=""):
+    data.require(tensor.isfinite().all(), f"the model overflows{at}: try smaller multipliers")
     return tensor
 
 
@@ -91,7 +90,8 @@ def pair_scores(model, layer, steer, pairs, multipliers):
         batch = pack([pair.ids for pair in pairs[part]], model.device)
         h = torch.cat([pair.h for pair in pairs[part]])[None].to(model.device)  # (1, T, dim)
         logps = [response_logps(model, layer, h, batch, times(m, steer)) for m in multipliers]
-        logps = [finite(x, m) for x, m in zip(logps, multipliers, strict=True)]
+        for m, x in zip(multipliers, logps, strict=True):
+            finite(x, f" at multiplier {m:+g}")
         table.append(torch.stack(logps).cpu().double())
         progress(part.stop, len(pairs))
     return torch.cat(table, dim=1).numpy()
@@ -262,7 +262,7 @@ def repetition(ids, n=4):
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def fluency(model, steer, ids, m=1.0):
+def fluency(model, steer, ids):
     """[NLL, KL] of each of ids, (prompt, answer), both means over the answer's tokens in nats.
 
     NLL: the negative log-likelihood under the unsteered model. KL: KL(steered || unsteered) of the
@@ -272,13 +272,8 @@ def fluency(model, steer, ids, m=1.0):
     for part in parts(ids):
         batch, n = pack(ids[part], model.device), model.config.n_layers
         h, where = model.embed(batch.tokens), (batch.positions, batch.masks)
-        hs = [
-            model.blocks(h, 0, n, *where, steer=x)[0, batch.predictors]
-            for x in (None, times(m, steer))
-        ]
-        unsteered, steered = (
-            finite(model.head(h).log_softmax(-1), m) for h in hs
-        )  # (R, vocab_size)
+        hs = [model.blocks(h, 0, n, *where, steer=x)[0, batch.predictors] for x in (None, steer)]
+        unsteered, steered = (finite(model.head(h).log_softmax(-1)) for h in hs)  # (R, vocab_size)
         nll = -unsteered.gather(-1, batch.targets[:, None])[:, 0]  # (R,)
         kl = (steered.exp() * (steered - unsteered)).sum(-1)
         found += [x.mean(1).tolist() for x in torch.stack([nll, kl]).split(batch.lengths, dim=1)]
@@ -308,7 +303,7 @@ def free_answers(model, chat, steer, prompts, multipliers, max_new_tokens):
     found, new = [], list(answers(model, chat, steer, prompts, multipliers, max_new_tokens))
     for j, m in enumerate(multipliers):
         ids = [(chat.encode_prompt(x), row[j]) for x, row in zip(prompts, new, strict=True)]
-        measured = fluency(model, steer, ids, m)
+        measured = fluency(model, times(m, steer), ids)
         for prompt, (_, answer), (nll, kl) in zip(prompts, ids, measured, strict=True):
             text, repeated = chat.tokenizer.decode(answer), repetition(answer)
             row = dict(prompt=prompt, multiplier=m, answer=text, tokens=len(answer), nll=nll, kl=kl)
