@@ -539,7 +539,7 @@ def run(args):
     if args.plot:
         other = args.json is None or args.plot.resolve() != args.json.resolve()
         known = other and args.plot.suffix in (".svg", ".png", ".pdf")
-        data.require(known, "--plot: a file that ends in .svg, .png or .pdf, and is not --json's")
+        data.require(known, f"--plot {args.plot}: not a .svg, .png or .pdf beside --json")
         data.optional("matplotlib")
     config, chat, weights, steers, this = open_all(args)
     multipliers, limit, choices = sorted({0.0, *args.multipliers}), config.max_seq_len, {}

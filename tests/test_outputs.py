@@ -1,5 +1,6 @@
 """What is written appears whole or not at all, what is made is kept, and how a run ends."""
 
+import io
 import json
 import os
 import pty
@@ -86,8 +87,8 @@ for path in sys.argv[1:]:
 
 def test_json_and_plot_are_two_files(tmp_path, fails):
     flags = f"--model {TINY} --vector v --data {TINY / 'power.test.jsonl'}".split()
-    fails(evaluation.main, [*flags, "--json", "x.svg", "--plot", "./x.svg"], "--plot: a file")
-    fails(evaluation.main, [*flags, "--plot", "x.txt"], "--plot: a file that ends in .svg")
+    fails(evaluation.main, [*flags, "--json", "x.svg", "--plot", "./x.svg"], "--plot x.svg: not a")
+    fails(evaluation.main, [*flags, "--plot", "x.txt"], "--plot x.txt: not a .svg")
 
 
 # ---- how a run ends
@@ -139,9 +140,13 @@ def run(args):
         time.sleep(0.05)
         progress(i, 80, "x" * 200)
     print("a table")
+    for i in range(1, 3):
+        time.sleep(0.3)
+        progress(i, 80)
+    raise ValueError("no")
 data.run_or_exit(data.Parser(prog="p"), run, [])"""
     ours, theirs = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=theirs, cwd=ROOT)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=theirs, stderr=theirs, cwd=ROOT)
     os.close(theirs)
     text = b""
     try:
@@ -149,10 +154,25 @@ data.run_or_exit(data.Parser(prog="p"), run, [])"""
             text += part
     except OSError:  # the other end is closed
         pass
-    assert process.wait() == 0
-    shown = text.decode().replace("\r\n", "\n").split("\r")
+    assert process.wait() == 2
+    text, last = text.decode().replace("\r\n", "\n").split("a table\n")
+    assert last.endswith("left\r\x1b[Kp: no\n") and "\n" not in last[:-1]
+    shown = (text + "a table\n").split("\r")
     assert shown[-1] == "\x1b[Ka table\n" and len(shown) > 1
     assert all("pass" in x and "\n" not in x and len(x) < 90 for x in shown[:-1])
+
+
+def test_a_line_of_progress_stays_until_the_next(monkeypatch):
+    out = data.Output(io.StringIO())
+    out.stream.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", out)
+    progress = data.Progress("pass")
+    progress.printed -= 1
+    progress(1, 2)
+    line = out.stream.getvalue()
+    assert line.startswith("pass 1/2  ") and line.endswith(" min left\r")
+    print("a table")
+    assert out.stream.getvalue() == f"{line}\x1b[Ka table\n"
 
 
 # ---- made pairs are kept
