@@ -23,6 +23,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import time
@@ -813,8 +814,8 @@ class Progress:
         line = f"{self.what} {done:{len(str(total))}}/{total}  {1000 * each:.1f} ms each, "
         line = f"{line}{left / 60:.1f} min left  {more}".rstrip()
         rewritten, self.printed = terminal and not last, now
-        line = line[: os.get_terminal_size().columns - 1] + "\r" if rewritten else line + "\n"
-        print(line, end="", flush=True)
+        line = line[: shutil.get_terminal_size().columns - 1] if rewritten else line
+        print(line, end="\r" if rewritten else "\n", flush=True)
 
 
 LAYER_HELP = "of a vector file that holds several layers, or does not say its own"

@@ -75,8 +75,8 @@ def times(m, steer):
     return {layer: m * v for layer, v in steer.items()}
 
 
-def finite(tensor, m):
-    data.require(tensor.isfinite().all(), f"at {m:+g} the model overflows: try smaller multipliers")
+def finite(tensor, at=""):
+    data.require(tensor.isfinite().all(), f"the model overflows{at}: try smaller multipliers")
     return tensor
 
 
@@ -90,9 +90,11 @@ def pair_scores(model, layer, steer, pairs, multipliers):
         batch = pack([pair.ids for pair in pairs[part]], model.device)
         h = torch.cat([pair.h for pair in pairs[part]])[None].to(model.device)  # (1, T, dim)
         logps = [response_logps(model, layer, h, batch, times(m, steer)) for m in multipliers]
-        table.append(torch.stack([finite(x, m) for x, m in zip(logps, multipliers, strict=True)]))
+        for m, x in zip(multipliers, logps, strict=True):
+            finite(x, f" at multiplier {m:+g}")
+        table.append(torch.stack(logps).cpu().double())
         progress(part.stop, len(pairs))
-    return torch.cat(table, dim=1).double().cpu().numpy()
+    return torch.cat(table, dim=1).numpy()
 
 
 def pair_rows(logps, pairs, multipliers, questions):
@@ -510,15 +512,10 @@ def pair_tables(model, whole, compared, multipliers, questions, ids, letters, pr
     and of those compared, {name: [steering, ...]}, each as the mean over its list."""
     layer, ends, found = min(whole) - 1, (-1, 1), {}
     cached = first_pass(model, layer, ids, progress=data.Progress("first pass", quiet=True))
-    scored = sorted({*multipliers, *ends})
-    table = dict(zip(scored, pair_scores(model, layer, whole, cached, scored), strict=True))
-    logps = np.array([table[m] for m in multipliers])
+    logps = pair_scores(model, layer, whole, cached, multipliers)
     yield "pairs", pair_rows(logps, cached, multipliers, questions)
-    at_ends = np.array([table[m] for m in ends])
     for name, steers in compared.items():
-        each = [
-            at_ends if x is whole else pair_scores(model, layer, x, cached, ends) for x in steers
-        ]
+        each = [pair_scores(model, layer, steer, cached, ends) for steer in steers]
         found[name] = np.array([slopes(logps, ends) for logps in each])
     if prompted:
         logps = [pair.ref_logps.tolist() for pair in first_pass(model, layer, prompted)]
@@ -536,16 +533,13 @@ def run(args):
     data.require(args.data or args.choices or args.prompts, "give --data, --choices or --prompts")
     needs_pairs = {"caa", "freeform"} & {*args.baseline}
     data.require(args.pairs or not needs_pairs, "caa, freeform are computed from --pairs: give it")
-    outputs = [x for x in (args.plot, args.json) if x]
-    outputs += [args.save / f"{name}.safetensors" for name in needs_pairs if args.save]
-    used = [*outputs, *args.data, *args.choices, *filter(None, (args.prompts, args.pairs))]
-    for path in outputs:
-        twice = [x.resolve() for x in used].count(path.resolve()) > 1
-        data.require(not twice, f"{path} is named twice: each output needs a file of its own")
+    saved = [args.save / f"{name}.safetensors" for name in needs_pairs if args.save]
+    for path in filter(None, (args.plot, args.json, *saved)):
         data.check_output(path)
     if args.plot:
-        kind = args.plot.suffix in (".svg", ".png", ".pdf")
-        data.require(kind, f"--plot {args.plot}: its name must end in .svg, .png or .pdf")
+        other = args.json is None or args.plot.resolve() != args.json.resolve()
+        known = other and args.plot.suffix in (".svg", ".png", ".pdf")
+        data.require(known, f"--plot {args.plot}: not a .svg, .png or .pdf beside --json")
         data.optional("matplotlib")
     config, chat, weights, steers, this = open_all(args)
     multipliers, limit, choices = sorted({0.0, *args.multipliers}), config.max_seq_len, {}
@@ -560,8 +554,7 @@ def run(args):
 
     # 2. the measures; --json and --plot are written after each table
     model, whole = load(*weights), together(steers.values())
-    compared = {spec: [steer] for spec, steer in steers.items() if len(steers) > 1}
-    compared = {" + ".join(steers): [whole]} | compared
+    compared = {" + ".join(steers): [whole]} | {spec: [steer] for spec, steer in steers.items()}
     compared |= baselines(args, model, whole, training, this)
     result = {"settings": vars(args) | this | {"weights": weights}, "answers": [], "tables": {}}
 
@@ -643,18 +636,16 @@ JUDGED = ("rubric", "behaviour", "judge", "prompt", "multiplier", "answer")  # w
 
 
 DEADLINE = 600  # seconds for a request, with all that is tried again
-LONGEST = 1_000_000  # bytes of a reply
 
 
 async def cut(response):
-    """What the web client calls before it reads a reply: of an endless one, the start is kept."""
+    """Read the first megabyte of a reply; the web client calls it before it would read it all."""
     body = b""
     async for part in response.aiter_bytes():
         body += part
-        if len(body) > LONGEST:
-            await response.aclose()
+        if len(body) > 1_000_000:
             break
-    response._content = body[:LONGEST]
+    response._content = body
 
 
 # The judge's reply to a text. The package tries again after time-outs, lost connections and HTTP
@@ -692,10 +683,10 @@ def read_rows(path, more):
         records = enumerate(data.read_json(path).get("answers", []), 1)
     for place, row in records:
         row = {**row, **more} if isinstance(row, dict) else {}
-        whole = {*JUDGED, "score"} <= row.keys() and isinstance(row["answer"], str)
-        numbers = [row[x] for x in ("multiplier", "score") if whole and row[x] is not None]
-        whole = whole and all(type(x) in (int, float) and abs(x) < 1e9 for x in numbers)
-        data.require(whole and numbers, f"{path} {place}: not an answer by eval.py")
+        numbers = [row.get("multiplier"), 0 if row.get("score") is None else row["score"]]
+        right = all(type(x) in (int, float) and abs(x) < 1e9 for x in numbers)
+        right = right and isinstance(row.get("answer"), str) and {*JUDGED, "score"} <= row.keys()
+        data.require(right, f"{path} {place}: not an answer by eval.py")
         rows[json.dumps([row[name] for name in JUDGED])] = row
     data.require(rows, f"{path} holds no answers")
     return rows
@@ -708,9 +699,9 @@ def write_rows(path, rows):
 
 def judge_answers(args):
     """Have a model behind OpenAI's API rate answers; what --out holds is not asked again."""
-    data.require(args.out.suffix == ".jsonl", "--out: a .jsonl file")
     secret = {"?", "@"} & {*args.url} or {*"\"'\\ "} & {*args.key} or not args.key.isprintable()
     data.require(not secret, "a key is for $OPENAI_API_KEY alone, and holds no quotes and blanks")
+    data.require(args.out.suffix == ".jsonl", "--out: a .jsonl file")
     data.check_output(args.out)
     more = {"rubric": args.rubric, "behaviour": args.behaviour, "judge": args.judge, "score": None}
     rows = read_rows(args.answers, more)

@@ -875,7 +875,7 @@ def test_user_errors(tmp_path, vector_file, vector, fails, monkeypatch):
     wrong("--max-new-tokens must be 1 or more", max_new_tokens=0)
     wrong("is not a regular file", json=tmp_path)
     (tmp_path / "x.svg").mkdir()
-    wrong("it is a folder", plot=tmp_path / "x.svg")
+    wrong("is not a regular file", plot=tmp_path / "x.svg")
     wrong("v.safetensors", json=vector_file / "x.json")
     (tmp_path / "long.csv").write_text(f"{'Red ' * 300},yes,no,maybe,b,A\n")
     wrong("long.csv row 1", choices=tmp_path / "long.csv")

@@ -1,10 +1,12 @@
 """eval.py judge, against a server of this machine that fails, stalls and answers nonsense."""
 
+import gzip
 import json
 import re
 import sys
 import threading
 import time
+import tracemalloc
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -36,6 +38,7 @@ class Judge:
                 pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.handle_error = lambda *args: None  # of a client that hangs up
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -402,3 +405,81 @@ def test_user_errors(judge, folder, fails, monkeypatch):
         flags = command(judge)
         i = flags.index(missing)
         fails(evaluation.main, flags[:i] + flags[i + 2 :], missing)
+
+
+# ---- what strangers send
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"multiplier": "1"},
+        {"multiplier": None},
+        {"multiplier": 10**400},
+        {"multiplier": float("nan")},
+        {"multiplier": [1]},
+        {"answer": 7},
+        {"score": "4"},
+        {"score": 10**400},
+        {"score": []},
+    ],
+)
+@pytest.mark.parametrize("file", ["out.jsonl", "bad.jsonl"])
+def test_rows_of_wrong_types(judge, folder, fails, file, row):
+    write(folder)
+    more = {"rubric": "behaviour", "behaviour": "b", "judge": "gpt", "score": 1}
+    if "score" in row and file == "bad.jsonl":
+        return  # a score there is not read
+    jsonl(folder / file, {**ROWS[0], **more}, {**ROWS[1], **more, **row})
+    answers = "eval.json" if file == "out.jsonl" else file
+    fails(evaluation.main, command(judge, answers=answers), f"{file} :2: not an answer by eval.py")
+    assert not judge.asked
+
+
+def test_an_endless_reply(judge, folder, fails):
+    """Its first megabyte is read; also of one that is packed, and of an error."""
+    write(folder)
+    body = b" " * 50_000_000
+    packed = {"Content-Encoding": "gzip"}
+    for action in (body, (200, packed, gzip.compress(body)), (400, packed, gzip.compress(body))):
+        judge.script = [action]
+        tracemalloc.start()
+        fails(evaluation.main, command(judge), f"{judge.url}/: ")
+        assert tracemalloc.get_traced_memory()[1] < 100_000_000
+        tracemalloc.stop()
+    assert len(judge.asked) == 3 and not (folder / "out.jsonl").exists()
+    judge.script = [json.dumps(judge.completion("[[1]]")).encode() + body]
+    run_one = command(judge)
+    evaluation.main(run_one)
+    assert judged(folder)[0]["score"] == 1
+
+
+@pytest.mark.parametrize(
+    "key", ["sk-'quo", 'sk-"quo', "sk-\\quo", "sk-quo\n", "sk quo", "sk-\x1bquo"]
+)
+def test_a_key_that_could_be_printed_in_another_spelling(judge, folder, capsys, monkeypatch, key):
+    write(folder)
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(SystemExit) as e:
+        evaluation.main(command(judge))
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and "quo" not in err.replace("quotes", "") and err.count("\n") == 1
+    assert not judge.asked
+
+
+def test_a_key_in_the_url_is_not_printed(judge, folder, capsys):
+    write(folder)
+    for url in (f"{judge.url}?key=sk-secret", judge.url.replace("//", "//me:sk-secret@")):
+        with pytest.raises(SystemExit) as e:
+            evaluation.main(command(judge, url=url))
+        printed = capsys.readouterr()
+        assert e.value.code == 2 and "secret" not in printed.err + printed.out
+        assert printed.err.count("\n") == 1 and not judge.asked
+
+
+def test_out_is_checked_first(judge, folder, fails):
+    write(folder)
+    fails(evaluation.main, command(judge, "--out", "x.json"), "--out: a .jsonl file")
+    (folder / "d.jsonl").mkdir()
+    fails(evaluation.main, command(judge, "--out", "d.jsonl"), "cannot write d.jsonl")
+    assert not judge.asked
