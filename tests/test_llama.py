@@ -689,3 +689,34 @@ def test_tied_head_is_the_embedding(mini):
     tied.load_state_dict({k: w for k, w in model.state_dict().items() if k != "output.weight"})
     h = torch.randn(1, 3, 32)
     assert torch.allclose(tied.head(h), model.norm(h) @ model.tok_embeddings.weight.T, atol=1e-5)
+
+
+def test_blocks_are_placed_over_the_devices_in_order():
+    def places(start, stop, *devices):
+        names = [f"layers.{i}.attention.wq.weight" for i in range(max(start, 0), stop)]
+        return [llama.place(name, start, stop, devices) for name in names]
+
+    assert places(40, 80, 0, 1) == [0] * 20 + [1] * 20
+    assert places(2, 7, 0, 1) == [0, 0, 0, 1, 1] and places(2, 4, 0, 1, 2) == [0, 1]
+    assert places(-1, 4, 0, 1) == [0, 0, 1, 1]  # the embedding counts as one
+    assert places(3, 4, 0, 1) == [0]  # what the first pass holds
+    for name in ("tok_embeddings.weight", "norm.weight", "output.weight"):
+        assert llama.place(name, 2, 4, ["first", "second"]) == "first"
+
+
+def test_the_stream_is_handed_on_to_the_device_of_a_block(monkeypatch):
+    """With block 3 on torch's meta device, attention there has all it needs on that device."""
+    seen, attend = [], llama.attend
+
+    def record(*args):
+        seen.append({x.device.type for x in args})
+        return attend(*args)
+
+    monkeypatch.setattr(llama, "attend", record)
+    checkpoint = llama.Checkpoint(MINI, more=["meta"])
+    checkpoint.read(2, 4)
+    model, batch = checkpoint.model, llama.pack([([1, 2], [3], [4])])
+    assert [w.device.type for w in (model.norm.weight, model.output.weight)] == ["cpu", "cpu"]
+    with pytest.raises(NotImplementedError, match="meta"):  # it cannot come back from there
+        model.blocks(torch.zeros(1, 4, 32), 2, 4, batch.positions, batch.masks)
+    assert seen == [{"cpu"}, {"meta"}]

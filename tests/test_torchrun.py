@@ -11,11 +11,12 @@ import pytest
 import torch
 from conftest import MINI, ROOT, jsonl
 
+import bipo
 from bipo import Recipe, first_pass, train
 from data import load_vector
 
 TRAIN = ("--model", MINI, "--data", MINI / "train.csv", "--val", MINI / "test.csv", "--layer", 1)
-RECIPE = ("--lr", 0.02, "--warmup-steps", 5, "--epochs", 20)
+RECIPE = ("--lr", 0.02, "--warmup-steps", 5)
 
 
 def torchrun(n, *args, wait=True):
@@ -26,25 +27,20 @@ def torchrun(n, *args, wait=True):
     process = subprocess.Popen(command, cwd=ROOT, **pipes)
     if not wait:
         return process
-    out, err = process.communicate(timeout=100)
+    out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """The folder of the same run in one process."""
-    out = tmp_path_factory.mktemp("alone")
-    command = [sys.executable, "bipo.py", *TRAIN, *RECIPE, "--out", out]
-    subprocess.run([str(x) for x in command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    return out
+def alone(out, *args):
+    """The same run in one process."""
+    bipo.main([str(x) for x in (*TRAIN, *args, "--out", out)])
 
 
-def check_equal(out, alone):
+def check_equal(out, expected_out):
     """Equal vectors to 1e-6, equal logs but for rounding."""
-    (v,), (expected,) = (load_vector(folder)[0].values() for folder in (out, alone))
+    (v,), (expected,) = (load_vector(folder)[0].values() for folder in (out, expected_out))
     assert (v - expected).norm() <= 1e-6 * expected.norm()
-    ours, theirs = ((x / "log.jsonl").read_text().splitlines() for x in (out, alone))
-    assert len(ours) == len(theirs) == 61
+    ours, theirs = ((x / "log.jsonl").read_text().splitlines() for x in (out, expected_out))
     for row, other in zip(map(json.loads, ours[1:]), map(json.loads, theirs[1:]), strict=True):
         assert (row["rows"], row["d"]) == (other["rows"], other["d"])
         assert row["loss"] == pytest.approx(other["loss"], abs=1e-5)
@@ -53,20 +49,32 @@ def check_equal(out, alone):
             assert numbers == pytest.approx(other["held_out"][d], abs=1e-3)
 
 
-def test_two_processes_give_the_vector_of_one(alone, tmp_path):
+def test_two_processes_give_the_vector_of_one(tmp_path):
     """11 pairs in batches of 4: the last batch is short, and the shares are unequal."""
-    code, out, err = torchrun(2, *TRAIN, *RECIPE, "--out", tmp_path)
+    args = (*RECIPE, "--epochs", 3)
+    alone(tmp_path / "one", *args)
+    code, out, err = torchrun(2, *TRAIN, *args, "--out", tmp_path / "two")
     assert code == 0, err
-    assert out.count("saved vector.safetensors") == out.count("epoch 20") == 1  # rank 0 alone
-    assert len(list(tmp_path.glob("epoch_*"))) == 20
-    check_equal(tmp_path, alone)
+    assert out.count("saved vector.safetensors") == out.count("epoch  3") == 1  # rank 0 alone
+    assert len(list((tmp_path / "two").glob("epoch_*"))) == 3
+    check_equal(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.slow
-def test_three_processes_give_the_vector_of_one(alone, tmp_path):
-    code, _, err = torchrun(3, *TRAIN, *RECIPE, "--out", tmp_path)
+@pytest.mark.parametrize("n", [2, 3])
+def test_twenty_epochs_in_several_processes_give_the_vector_of_one(tmp_path, n):
+    alone(tmp_path / "one", *RECIPE)
+    code, _, err = torchrun(n, *TRAIN, *RECIPE, "--out", tmp_path / "several")
     assert code == 0, err
-    check_equal(tmp_path, alone)
+    check_equal(tmp_path / "several", tmp_path / "one")
+
+
+def test_the_blocks_over_two_devices_give_the_vector_of_one(tmp_path):
+    args = (*RECIPE, "--epochs", 1)
+    alone(tmp_path / "one", *args)
+    alone(tmp_path / "two", *args, "--device", "cpu,cpu")
+    results = [load_vector(tmp_path / name)[0][1] for name in ("one", "two")]
+    assert torch.equal(*results)
 
 
 @pytest.mark.slow
@@ -86,7 +94,8 @@ def test_a_process_without_a_pair_of_the_batch_contributes_nothing(tmp_path):
 def test_a_user_error_is_one_line_of_ours(tmp_path):
     code, out, err = torchrun(2, *TRAIN[:3], tmp_path / "none.csv", "--layer", 1)
     ours = [line for line in err.splitlines() if line.startswith("bipo.py:")]
-    assert code != 0 and len(ours) == 1 and "none.csv" in ours[0] and out == ""
+    assert code == 1 and len(ours) == 1 and "none.csv" in ours[0]
+    assert out.count("note:") == len(out.splitlines()) == 1  # of the first process
 
 
 @pytest.mark.slow
@@ -104,6 +113,8 @@ def test_a_process_that_dies_ends_all(tmp_path):
         died = time.time()
         process.wait(timeout=60)
         assert process.returncode != 0 and time.time() - died <= 20
+        ours = [x for x in process.stderr.read().splitlines() if x.startswith("bipo.py:")]
+        assert len(ours) == 1 and "another process has ended" in ours[0]
     finally:
         process.kill()
     assert load_vector(tmp_path / "run")[0].keys() == {1}
