@@ -30,6 +30,7 @@ import torch
 
 import data
 from bipo import first_pass, parts, response_logps
+from data import printable
 from llama import PairIds, check_fit, generate, load, pack, stream
 
 # ---- Means with intervals ------------------------------------------------------------------------
@@ -400,11 +401,6 @@ def mean_difference(model, layer, ids, last=False):
 # How the numbers of a column are printed; those of all other columns are shares.
 SPECS = {"multiplier": "+g", "tokens": ".1f", "difference": "+.1%", "nll": ".2f", "kl": ".2f"}
 SPECS |= {"margin": "+.2f", "slope": "+.2f", "slope_minus_first": "+.2f", "score": ".2f"}
-
-
-def printable(text):
-    """The text with its control characters, but for line breaks, escaped: safe for a terminal."""
-    return "".join(c if c == "\n" or c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def cell(value, spec):
