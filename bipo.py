@@ -257,13 +257,14 @@ def run(args):
     path, base_model, config, chat, device, dtype = data.open_model(args)
     check_fit(config, [layer], 0)
     pairs, held_out = data.read_sets(args)
+    pairs, ids = data.encode_pairs(chat, pairs, config.max_seq_len, args.skip_bad)
+    held_out, more = data.encode_pairs(chat, held_out, config.max_seq_len, args.skip_bad)
     origin = f"of {args.val}" if args.val else "split off by prompt"
     shared = {str(pair.prompt) for pair in pairs} & {str(pair.prompt) for pair in held_out}
     if shared:
         print(f"note: {len(shared)} held-out prompts are trained on, for example {min(shared)!r}")
     what = f"{len(pairs)} pairs of {args.data}, held out {len(held_out)} {origin}"
-    ids = [chat.encode_pair(pair, config.max_seq_len) for pair in pairs + held_out]
-    checkpoint = Checkpoint(path, dtype, device)
+    ids, checkpoint = ids + more, Checkpoint(path, dtype, device)
     stem = Path(args.data.name.removesuffix(".gz")).stem
     out = args.out or Path("runs", f"{stem}-layer{layer}-{args.method}".removesuffix("-bipo"))
     data.check_output(out / "vector.safetensors")

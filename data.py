@@ -102,32 +102,50 @@ def read_pairs(path, skip_bad=False):
     not used. A prompt may be empty: some in the official files are. Raises ValueError with file and
     line for records that hold no pair, unless skip_bad: then they are dropped, counted by reason.
     """
-    sources, faults, dropped, unused = {}, [], Counter(), {}
+    sources, fault, dropped, unused = {}, "", Counter(), {}
     for place, record in open_records(Path(path)):
         try:
             found, others = to_pairs(record)
         except ValueError as e:
-            faults.append(f"{path}{place}: {e}")
+            fault = fault or f"{path}{place}: {e}"
             dropped[str(e).partition(":")[0]] += 1
             continue
         unused |= dict.fromkeys(others)
         for pair in found:
             dropped["duplicate"] += pair in sources
             sources.setdefault(pair, f"{path}{place}")
-    if faults and not skip_bad:
-        raise ValueError(f"{faults[0]} ({len(faults)} such records; --skip-bad drops them)")
+    if fault and not skip_bad:
+        bad = dropped.total() - dropped["duplicate"]
+        raise ValueError(f"{fault} ({bad} such records; --skip-bad drops them)")
     pairs = [Pair(*pair, source) for pair, source in sources.items() if pair[1] != pair[2]]
     dropped["identical answers"] = len(sources) - len(pairs)
-    ends = {
-        re.split(r"(?=<)", x.rstrip())[-1] for pair in pairs for x in (pair.chosen, pair.rejected)
-    }
-    if pairs and all(re.fullmatch(ENDING, x) for x in ends):
-        raise ValueError(f"{path}: every answer ends in {ends.pop()}: remove it, for it is added")
+    ends = [re.search(ENDING, x.rstrip()[-30:]) for pair in pairs for x in pair[1:3]]
+    if pairs and all(ends):
+        raise ValueError(
+            f"{path}: each answer ends in {ends[0][0]} or the like, which is added here"
+        )
     counts = ", ".join(f"{n} {why}" for why, n in dropped.items() if n) or "nothing"
     report = f"read {len(pairs)} pairs from {path}, dropped {counts}; columns not used: {[*unused]}"
     require(pairs, f"no pairs: {report}")
     print(printable(report))
     return pairs
+
+
+def encode_pairs(chat, pairs, max_seq_len, skip_bad=False):
+    """(the pairs, their PairIds). Raises ValueError for the first that has none, see
+    Chat.encode_pair, unless skip_bad: then such pairs are dropped, counted by reason."""
+    found, dropped = {}, Counter()
+    for pair in pairs:
+        try:
+            found[pair] = chat.encode_pair(pair, max_seq_len)
+        except ValueError as e:
+            if not skip_bad:
+                raise
+            dropped[str(e).removeprefix(f"{pair.source}: ").partition(":")[0]] += 1
+    if dropped:
+        print("dropped", ", ".join(f"{n} {why}" for why, n in dropped.items()))
+    require(found, "no pair is left")
+    return list(found), list(found.values())
 
 
 def split_pairs(pairs, seed):
@@ -144,7 +162,7 @@ def read_text(path):
     """The text of a file in UTF-8, unpacked if its name ends in .gz. Raises ValueError for more
     than half a GiB, and for a small file that unpacks to very much."""
     with named(f"cannot read {path}", Exception):  # gzip raises more than OSError
-        limit = min(2**29, 2**26 + 100 * regular(path).stat().st_size)
+        limit = min(2**29, 2**24 + 50 * regular(path).stat().st_size)
         with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
             content = file.read(limit + 1)
         require(len(content) <= limit, f"it holds more than {limit >> 20} MiB")
@@ -159,10 +177,9 @@ def open_records(path):
     try:
         if kind == ".csv":
             rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-            header = text.partition("\n")[0]
-            require(
-                "," in header or not re.search("[;\t]", header), "the separator must be a comma"
-            )
+            header, wanted = text.partition("\n")[0], "the separator must be a comma, without sep=,"
+            require(not re.match("sep=", header), wanted)
+            require("," in header or not re.search("[;\t]", header), wanted)
             for row in rows:
                 place = f":{rows.line_num}"  # on which the row ends
                 if [*row] != rows.fieldnames or None in row.values():
@@ -219,8 +236,7 @@ def to_pairs(record):
             found = spelled_out(q, texts(yes), texts(no))
         # 3. TruthfulQA: lists of answers, or texts with ";" between answers
         case {"prompt": str(q), "correct_answers": yes, "incorrect_answers": no, **rest}:
-            right, wrong = ";".join(texts(yes)).strip("; "), ";".join(texts(no)).strip("; ")
-            found = [(q, x.strip(), y.strip()) for x in right.split(";") for y in wrong.split(";")]
+            found = each_pair(q, *(";".join(texts(x)).strip("; ").split(";") for x in (yes, no)))
         # 4. TRL's with an implicit prompt: the whole words that both texts begin with
         case {"prompt": [], "chosen": str(x), "rejected": str(y), **rest} if "Human:" not in x:
             found = [without_prompt(x, y, rest)]
@@ -254,7 +270,12 @@ def spelled_out(question, *sides):
         if before and re.fullmatch(heading, lines[last]):
             stem = "\n".join(lines[: before[-1] + 1])
         sides = [[named.get(answer.strip(), "") for answer in side] for side in sides]
-    return [(stem.strip(), x.strip(), y.strip()) for x in sides[0] for y in sides[1]]
+    return each_pair(stem.strip(), *sides)
+
+
+def each_pair(prompt, right, wrong):
+    require(len(right) * len(wrong) <= 10_000, "there are more than 10,000 pairs of its answers")
+    return [(prompt, x.strip(), y.strip()) for x in right for y in wrong]
 
 
 def without_prompt(chosen, rejected, others):
@@ -294,7 +315,7 @@ def asked(context):
 
 # What a prompt begins with that somebody has put into a chat template, and how its answers end.
 OPENING = r"\s*(<s>\s*)?(\[INST\]|\[SYSTEM_PROMPT\]|<\|\w+\|>|<start_of_turn>)"
-ENDING = r"</s>|<\|\w+\|>|<end_of_turn>"
+ENDING = r"(</s>|<\|\w+\|>|<end_of_turn>)$"
 
 
 def checked(prompt, chosen, rejected, system=None):
@@ -366,11 +387,12 @@ class Tokenizer:
                 f"cannot read {file}: {reason}" if file.exists() else f"{path} has no tokenizer"
             )
             file = Path(path, "tokenizer.json")
-            require(file.exists(), f"{reason}; copy tokenizer.json there from the base model")
+            require(file.exists(), f"{reason}; copy its files tokenizer* there from the base model")
             self.open_tokenizer_json(file)
         self.name = f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
 
     def encode(self, text, first=True):
+        text.encode()  # raises ValueError for half a "😀"
         start = "\ue000" if not first and text.startswith(self.spaceless) else ""  # no vocabulary's
         return self.encode_text(start + text)[len(self.encode_text(start)) :]
 

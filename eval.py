@@ -477,7 +477,7 @@ def encode(path, args, chat, limit, ab):
     """Of a file of pairs: (prompts, PairIds, PairIds of the A/B questions if `ab`, PairIds under
     the system prompt against and then under that for, if there are such)."""
     pairs, prompted = data.read_pairs(path, args.skip_bad), []
-    ids = [chat.encode_pair(pair, limit) for pair in pairs]
+    pairs, ids = data.encode_pairs(chat, pairs, limit, args.skip_bad)
     letters = [x for pair in pairs for x in letter_pairs(chat, pair, limit)] if ab else []
     for text in reversed(args.system_prompts):
         side = [pair._replace(prompt=lean(chat, pair.prompt, text)) for pair in pairs]

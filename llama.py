@@ -17,6 +17,7 @@ Notation: B batch, T tokens of this pass, S keys (cached + T), H heads, K kv hea
 import json
 import math
 import pickle
+import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -480,7 +481,8 @@ def open_weights(file):
     try:
         if regular(file).suffix == ".safetensors":
             return load_file(file)
-        weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings(action="ignore"):
+            weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         weights = {str(name): x for name, x in weights.items() if torch.is_tensor(x)}
         for name, x in weights.items():
             if x.is_nested or x.is_meta or x.is_quantized or x.layout != torch.strided:
