@@ -121,9 +121,7 @@ def read_pairs(path, skip_bad=False):
     dropped["identical answers"] = len(sources) - len(pairs)
     ends = [re.search(ENDING, x.rstrip()[-30:]) for pair in pairs for x in pair[1:3]]
     if pairs and all(ends):
-        raise ValueError(
-            f"{path}: each answer ends in {ends[0][0]} or the like, which is added here"
-        )
+        raise ValueError(f"{path}: each answer ends in {ends[0][0]} or the like: remove it")
     counts = ", ".join(f"{n} {why}" for why, n in dropped.items() if n) or "nothing"
     report = f"read {len(pairs)} pairs from {path}, dropped {counts}; columns not used: {[*unused]}"
     require(pairs, f"no pairs: {report}")
@@ -139,12 +137,11 @@ def encode_pairs(chat, pairs, max_seq_len, skip_bad=False):
         try:
             found[pair] = chat.encode_pair(pair, max_seq_len)
         except ValueError as e:
-            if not skip_bad:
-                raise
+            require(skip_bad, e)
             dropped[str(e).removeprefix(f"{pair.source}: ").partition(":")[0]] += 1
     if dropped:
         print("dropped", ", ".join(f"{n} {why}" for why, n in dropped.items()))
-    require(found, "no pair is left")
+    require(found, "no pairs are left")
     return list(found), list(found.values())
 
 
@@ -189,8 +186,7 @@ def open_records(path):
         else:  # a list of records, or a line for each
             lines = io.StringIO(text) if kind == ".jsonl" else None  # strings may hold U+2028
             records = lines or parse_json(text)
-            wanted = "it holds one object, perhaps of columns, and must hold a list of records"
-            require(not isinstance(records, dict), wanted)
+            require(not isinstance(records, dict), "it holds one object, not a list of records")
             for number, record in enumerate(records, 1):
                 place = f":{number}" if lines else f" record {number}"
                 if not lines or record.strip():
@@ -368,9 +364,8 @@ class Tokenizer:
                 self.controls[token["content"]] = int(i)
             for key, token in self.config.items():
                 if key.endswith("_token") and token and not isinstance(token, bool):
-                    self.variables[key] = (
-                        token["content"] if isinstance(token, dict) else token + ""
-                    )
+                    text = token["content"] if isinstance(token, dict) else token
+                    self.variables[key] = text + ""  # raises TypeError if it is no text
             plain = all(isinstance(x, str) and type(i) is int for x, i in self.controls.items())
             require(plain and min(self.controls.values(), default=0) >= 0, "a token has no id")
         file, model = Path(path, "tokenizer.model"), sentencepiece.SentencePieceProcessor()
@@ -378,16 +373,12 @@ class Tokenizer:
             model.LoadFromSerializedProto(regular(file).read_bytes())
             self.open_sentencepiece(model)
         except (ValueError, OSError, RuntimeError, IndexError) as e:  # IndexError: without BOS
-            reason = (
-                str(e)
-                if isinstance(e, ValueError)
-                else "it is not sentencepiece's, perhaps tiktoken's"
+            why = (
+                e if isinstance(e, ValueError) else "it is not sentencepiece's, perhaps tiktoken's"
             )
-            reason = (
-                f"cannot read {file}: {reason}" if file.exists() else f"{path} has no tokenizer"
-            )
+            advice = f"cannot read {file}: {why}; copy the files tokenizer* of the base model there"
             file = Path(path, "tokenizer.json")
-            require(file.exists(), f"{reason}; copy its files tokenizer* there from the base model")
+            require(file.exists(), advice)
             self.open_tokenizer_json(file)
         self.name = f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
 

@@ -466,12 +466,11 @@ def weight_files(path):
             return [path / name]
         if index.is_file():
             shards = read_json(index).get("weight_map")
-            if not isinstance(shards, dict):
-                raise ValueError(f"{index} lacks the field 'weight_map'")
-            shards = sorted(set(map(str, shards.values())))
-            if any(Path(shard).name != shard for shard in shards):
-                raise ValueError(f"{index} names files that are not beside it: {shards}")
-            return [path / shard for shard in shards]
+            if not isinstance(shards, dict) or any(Path(str(x)).name != x for x in shards.values()):
+                raise ValueError(
+                    f"{index} lacks the field 'weight_map' with names of files beside it"
+                )
+            return [path / shard for shard in sorted(set(shards.values()))]
     raise ValueError(f"{path} holds no model.safetensors, no pytorch_model.bin and no index of one")
 
 
@@ -544,8 +543,7 @@ class Checkpoint:
                 if name in names:
                     weights[names[name]] = x = x.to(self.device, self.dtype)
                     if not torch.stack(x.aminmax()).isfinite().all():
-                        fault = f"the tensor {name} holds NaN or infinity in {self.dtype}"
-                        raise ValueError(f"{file}: {fault}")
+                        raise ValueError(f"{file}: {name} holds NaN or infinity in {self.dtype}")
         self.model.load_state_dict(weights, strict=False, assign=True)
 
     @contextmanager

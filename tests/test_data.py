@@ -78,7 +78,7 @@ LINE = json.dumps(PAIR)
         ),
         ("x.jsonl", LINE + "\n{oops\n", "cannot read .*x.jsonl:2: Expecting property name"),
         ("x.jsonl", LINE + '\n["a"]\n', "x.jsonl:2: not an object with named columns: "),
-        ("x.json", '{"data": []}', "cannot read .*x.json: it holds one object, perhaps of"),
+        ("x.json", '{"data": []}', "cannot read .*x.json: it holds one object, not a list"),
         ("x.json", "7", "cannot read .*x.json: 'int' object is not iterable"),
         (
             "x.jsonl",
@@ -201,7 +201,9 @@ def test_template_follows_the_model_unless_given():
 
 
 def test_tokenizer_faults(tmp_path):
-    with pytest.raises(ValueError, match="has no tokenizer; copy its files"):
+    with pytest.raises(
+        ValueError, match="cannot read .*tokenizer.model: No such file; copy the files"
+    ):
         Tokenizer(tmp_path)
     message = "cannot read .*tokenizer.model: it is not sentencepiece's, perhaps tiktoken's; copy"
     for content in (b"not a model", b""):

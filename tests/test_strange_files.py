@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import shutil
 import time
 
@@ -124,8 +125,6 @@ def test_long_fields_and_headings(tmp_path):
 )
 def test_a_heading_is_found_as_by_one_expression(text, heading):
     """The expression that says what a heading is; it may take very long."""
-    import re
-
     wanted = r"(?i)\n[\W_]*(\w+ )?(choice|option|answer|response)s?[\W_]*$"
     ((prompt, *_),) = data.spelled_out(f"Why?\n{text}\n{heading}\n (A) y\n (B) n", ["(A)"], ["(B)"])
     assert prompt == re.sub(wanted, "", f"Why?\n{text}\n{heading}\n").strip()
@@ -209,8 +208,8 @@ def test_tokenizer_files_of_the_wrong_kinds(model, name, content):
 
 def test_a_folder_without_a_tokenizer_says_what_to_do(model):
     (model / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
-    refused(lambda: data.Tokenizer(model), "perhaps tiktoken's; copy its files")
+    refused(lambda: data.Tokenizer(model), "perhaps tiktoken's; copy the files")
     (model / "tokenizer.model").write_bytes(LFS)
     refused(lambda: data.Tokenizer(model), "Git LFS pointer")
     (model / "tokenizer.model").unlink()
-    refused(lambda: data.Tokenizer(model), "has no tokenizer; copy its files")
+    refused(lambda: data.Tokenizer(model), "tokenizer.model: No such file; copy the files")
