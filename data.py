@@ -523,10 +523,11 @@ class Chat(NamedTuple):
     def encode(self, parts):
         """`split`'s texts and control tokens -> ids."""
         ids, controls = [], [self.tokenizer.controls[token] for token in parts[1::2]]
+        not_text = set(controls)
         for text, control in zip(parts[::2], [*controls, None], strict=True):
             # The official trainer put BOS before the ids of a text of its own.
             new = self.tokenizer.encode(text, not ids or self.template in RECIPES)
-            require(set(new).isdisjoint(controls), f"a text holds a control token: {text!r:.60}")
+            require(not_text.isdisjoint(new), f"a text holds a control token: {text!r:.60}")
             ids += [*new, control]
         return ids[:-1]
 
