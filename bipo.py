@@ -295,11 +295,13 @@ def run(args):
     check_fit(config, [layer], 0)
     pairs, held_out = data.read_sets(args)
     data.note_shortcuts(pairs)
+    pairs, ids = data.encode_pairs(chat, pairs, config.max_seq_len, args.skip_bad)
+    held_out, held_out_ids = data.encode_pairs(chat, held_out, config.max_seq_len, args.skip_bad)
+    ids += held_out_ids
     origin = f"of {args.val}" if args.val else "split off by prompt"
     shared = {str(pair.prompt) for pair in pairs} & {str(pair.prompt) for pair in held_out}
     if shared:
         print(f"note: {len(shared)} held-out prompts are trained on, for example {min(shared)!r}")
-    ids = [chat.encode_pair(pair, config.max_seq_len) for pair in pairs + held_out]
     what = f"{len(pairs)} pairs of {args.data}, held out {len(held_out)} {origin}"
     what += f", ids {hashlib.sha256(str(ids).encode()).hexdigest()[:12]}"
     checkpoint = Checkpoint(path, dtype, device, more)

@@ -38,7 +38,7 @@ import sentencepiece
 import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from llama import PairIds, read_config, read_json
+from llama import PairIds, parse_json, read_config, read_json, regular
 
 # ---- Errors that a user reads --------------------------------------------------------------------
 
@@ -56,6 +56,11 @@ def named(what, kinds=ValueError):
     except kinds as e:
         reason = " ".join(str(e).split()).partition(". ")[0] or type(e).__name__
         raise ValueError(f"{what}: {reason}") from None
+
+
+def printable(text):
+    """The text without control characters but line breaks: they are shown as escape sequences."""
+    return "".join(c if c == "\n" or c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def optional(name):
@@ -100,27 +105,47 @@ def read_pairs(path, skip_bad=False):
     not used. A prompt may be empty: some in the official files are. Raises ValueError with file and
     line for records that hold no pair, unless skip_bad: then they are dropped, counted by reason.
     """
-    sources, faults, dropped, unused = {}, [], Counter(), {}
+    sources, fault, dropped, unused = {}, "", Counter(), {}
     for place, record in open_records(Path(path)):
         try:
             found, others = to_pairs(record)
         except ValueError as e:
-            faults.append(f"{path}{place}: {e}")
+            fault = fault or f"{path}{place}: {e}"
             dropped[str(e).partition(":")[0]] += 1
             continue
         unused |= dict.fromkeys(others)
         for pair in found:
             dropped["duplicate"] += pair in sources
             sources.setdefault(pair, f"{path}{place}")
-    if faults and not skip_bad:
-        raise ValueError(f"{faults[0]} ({len(faults)} such records; --skip-bad drops them)")
+    if fault and not skip_bad:
+        bad = dropped.total() - dropped["duplicate"]
+        raise ValueError(f"{fault} ({bad} such records; --skip-bad drops them)")
     pairs = [Pair(*pair, source) for pair, source in sources.items() if pair[1] != pair[2]]
     dropped["identical answers"] = len(sources) - len(pairs)
+    ends = [re.search(ENDING, x.rstrip()[-30:]) for pair in pairs for x in pair[1:3]]
+    if pairs and all(ends):
+        raise ValueError(f"{path}: each answer ends in {ends[0][0]} or the like: remove it")
     counts = ", ".join(f"{n} {why}" for why, n in dropped.items() if n) or "nothing"
     report = f"read {len(pairs)} pairs from {path}, dropped {counts}; columns not used: {[*unused]}"
     require(pairs, f"no pairs: {report}")
-    print(report)
+    print(printable(report))
     return pairs
+
+
+def encode_pairs(chat, pairs, max_seq_len, skip_bad=False):
+    """(the pairs, their PairIds). Raises ValueError for the first that has none, see
+    Chat.encode_pair, unless skip_bad: then such pairs are dropped, counted by reason."""
+    found, dropped = {}, Counter()
+    for pair in pairs:
+        try:
+            found[pair] = chat.encode_pair(pair, max_seq_len)
+        except ValueError as e:
+            require(skip_bad, e)
+            dropped[str(e).removeprefix(f"{pair.source}: ").partition(":")[0]] += 1
+    if dropped:
+        print("dropped", ", ".join(f"{n} {why}" for why, n in dropped.items()))
+    require(found, "no pairs are left")
+    return list(found), list(found.values())
 
 
 def split_pairs(pairs, seed):
@@ -155,10 +180,15 @@ def note_shortcuts(pairs):
 
 
 def read_text(path):
-    """The text of a file in UTF-8, unpacked if its name ends in .gz."""
+    """The text of a file in UTF-8, unpacked if its name ends in .gz. Raises ValueError for more
+    than half a GiB, and for a small file that unpacks to very much."""
     with named(f"cannot read {path}", Exception):  # gzip raises more than OSError
-        unpack = gzip.decompress if path.suffix.lower() == ".gz" else bytes
-        return unpack(path.read_bytes()).decode("utf-8-sig")
+        limit = min(2**29, 2**24 + 50 * regular(path).stat().st_size)
+        with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
+            content = file.read(limit + 1)
+        require(len(content) <= limit, f"it holds more than {limit >> 20} MiB")
+        csv.field_size_limit(limit)  # else a field may hold 131,072 characters
+        return content.decode("utf-8-sig")
 
 
 def open_records(path):
@@ -168,6 +198,9 @@ def open_records(path):
     try:
         if kind == ".csv":
             rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+            header, wanted = text.partition("\n")[0], "the separator must be a comma, without sep=,"
+            require(not re.match("sep=", header), wanted)
+            require("," in header or not re.search("[;\t]", header), wanted)
             for row in rows:
                 place = f":{rows.line_num}"  # on which the row ends
                 if [*row] != rows.fieldnames or None in row.values():
@@ -175,11 +208,13 @@ def open_records(path):
                 if any(row.values()):  # spreadsheets leave empty rows
                     yield place, row
         else:  # a list of records, or a line for each
-            lines = text.split("\n") if kind == ".jsonl" else None  # strings may hold U+2028
-            for number, record in enumerate(lines or json.loads(text), 1):
+            lines = io.StringIO(text) if kind == ".jsonl" else None  # strings may hold U+2028
+            records = lines or parse_json(text)
+            require(not isinstance(records, dict), "it holds one object, not a list of records")
+            for number, record in enumerate(records, 1):
                 place = f":{number}" if lines else f" record {number}"
                 if not lines or record.strip():
-                    yield place, json.loads(record) if lines else record
+                    yield place, parse_json(record) if lines else record
     except (ValueError, TypeError, RecursionError, csv.Error) as e:
         raise ValueError(f"cannot read {path}{place}: {e}") from None
 
@@ -188,7 +223,7 @@ NAMES = {  # the standard name of a column: others for the same
     "prompt": "question query input instruction prompt_arr goal",
     "chosen": "matching chosen_response preferred pos accepted winning_output chosen_arr",
     "rejected": "not_matching rejected_response dispreferred neg losing_output rejected_arr",
-    "system": "system_prompt",
+    "system": "system_prompt system_message",
 }
 STANDARD = {other: name for name, others in NAMES.items() for other in others.split()}
 
@@ -221,8 +256,7 @@ def to_pairs(record):
             found = spelled_out(q, texts(yes), texts(no))
         # 3. TruthfulQA: lists of answers, or texts with ";" between answers
         case {"prompt": str(q), "correct_answers": yes, "incorrect_answers": no, **rest}:
-            right, wrong = ";".join(texts(yes)).strip("; "), ";".join(texts(no)).strip("; ")
-            found = [(q, x.strip(), y.strip()) for x in right.split(";") for y in wrong.split(";")]
+            found = each_pair(q, *(";".join(texts(x)).strip("; ").split(";") for x in (yes, no)))
         # 4. TRL's with an implicit prompt: the whole words that both texts begin with
         case {"prompt": [], "chosen": str(x), "rejected": str(y), **rest} if "Human:" not in x:
             found = [without_prompt(x, y, rest)]
@@ -250,15 +284,25 @@ def spelled_out(question, *sides):
     if 3 * len(named) < len(options) or "".join(options[2::3]).strip() not in ("", "Answer:"):
         raise ValueError("the options are not one line each, with a letter of its own")
     if named:
-        stem = re.sub(r"(?i)\n[\W_]*(\w+ )?(choice|option|answer|response)s?[\W_]*$", "", stem)
+        lines = stem.split("\n")
+        *before, last = [i for i, line in enumerate(lines) if any(map(str.isalnum, line))] or [0]
+        heading = r"(?i)[\W_]*+(\w+ )?(choice|option|answer|response)s?[\W_]*"
+        if before and re.fullmatch(heading, lines[last]):
+            stem = "\n".join(lines[: before[-1] + 1])
         sides = [[named.get(answer.strip(), "") for answer in side] for side in sides]
-    return [(stem.strip(), x.strip(), y.strip()) for x in sides[0] for y in sides[1]]
+    return each_pair(stem.strip(), *sides)
+
+
+def each_pair(prompt, right, wrong):
+    require(len(right) * len(wrong) <= 10_000, "there are more than 10,000 pairs of its answers")
+    return [(prompt, x.strip(), y.strip()) for x in right for y in wrong]
 
 
 def without_prompt(chosen, rejected, others):
     """The pair whose prompt is what both texts begin with. Raises ValueError if it could be in one
     of the other columns."""
-    unclear = [name for name, value in others.items() if re.search(r"\S\s+\S|\[", str(value))]
+    text = r"\S\s+\S|[\[?]|[^\x00-\x7f]"  # several words, a list, a question, or Chinese
+    unclear = [name for name, value in others.items() if re.search(text, str(value))]
     require(unclear in ([], ["system"]), f"no column is named prompt: rename or remove {unclear}")
     shared = re.match(r"(.*\s)?", os.path.commonprefix([chosen, rejected]), re.DOTALL)[0]
     require(shared.split()[1:], "no column for the prompt, and the answers begin differently")
@@ -289,6 +333,11 @@ def asked(context):
     return context[0][1] if roles == "user" else tuple(context)
 
 
+# What a prompt begins with that somebody has put into a chat template, and how its answers end.
+OPENING = r"\s*(<s>\s*)?(\[INST\]|\[SYSTEM_PROMPT\]|<\|\w+\|>|<start_of_turn>)"
+ENDING = r"(</s>|<\|\w+\|>|<end_of_turn>)$"
+
+
 def checked(prompt, chosen, rejected, system=None):
     """(prompt, chosen, rejected) as in Pair. An answer stands alone or after all messages before
     it; a system prompt becomes a turn. Raises ValueError for what cannot be meant."""
@@ -307,6 +356,8 @@ def checked(prompt, chosen, rejected, system=None):
         text.encode()  # raises for half a "😀"
         if re.match(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:", text):
             raise ValueError(f"a text is a list of messages written out: {text:.60}")
+    templated = [text for _, text in context if re.match(OPENING, text)]
+    require(not templated, f"a prompt holds a chat template already, remove it: {templated!r:.60}")
     require(all(text.strip() for _, text in answers), "an answer is empty")
     return asked(context), answers[0][1], answers[1][1]
 
@@ -330,22 +381,33 @@ class Tokenizer:
     def __init__(self, path):
         files = [Path(path, name) for name in ("tokenizer_config.json", "added_tokens.json")]
         self.config, self.controls = (read_json(x) if x.is_file() else {} for x in files)
-        for i, token in self.config.get("added_tokens_decoder", {}).items():
-            self.controls[token["content"]] = int(i)
         self.variables = {"tools": None, "documents": None}
-        for key, token in self.config.items():
-            if key.endswith("_token") and token:
-                self.variables[key] = token["content"] if isinstance(token, dict) else token
+        wrong = f"{files[0]} or {files[1].name} is malformed"
+        with named(wrong, (AttributeError, LookupError, TypeError, ValueError)):
+            for i, token in self.config.get("added_tokens_decoder", {}).items():
+                self.controls[token["content"]] = int(i)
+            for key, token in self.config.items():
+                if key.endswith("_token") and token and not isinstance(token, bool):
+                    text = token["content"] if isinstance(token, dict) else token
+                    self.variables[key] = text + ""  # raises TypeError if it is no text
+            plain = all(isinstance(x, str) and type(i) is int for x, i in self.controls.items())
+            require(plain and min(self.controls.values(), default=0) >= 0, "a token has no id")
         file, model = Path(path, "tokenizer.model"), sentencepiece.SentencePieceProcessor()
         try:
-            model.LoadFromSerializedProto(file.read_bytes())
+            model.LoadFromSerializedProto(regular(file).read_bytes())
             self.open_sentencepiece(model)
-        except (OSError, RuntimeError, IndexError):  # or another program's, or without BOS
+        except (ValueError, OSError, RuntimeError, IndexError) as e:  # IndexError: without BOS
+            why = (
+                e if isinstance(e, ValueError) else "it is not sentencepiece's, perhaps tiktoken's"
+            )
+            advice = f"cannot read {file}: {why}; copy the files tokenizer* of the base model there"
             file = Path(path, "tokenizer.json")
+            require(file.exists(), advice)
             self.open_tokenizer_json(file)
         self.name = f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
 
     def encode(self, text, first=True):
+        text.encode()  # raises ValueError for half a "😀"
         start = "\ue000" if not first and text.startswith(self.spaceless) else ""  # no vocabulary's
         return self.encode_text(start + text)[len(self.encode_text(start)) :]
 
@@ -359,8 +421,8 @@ class Tokenizer:
         self.decode = lambda ids: model.decode([i for i in ids if i in printed])
 
     def open_tokenizer_json(self, file):
-        with named(f"cannot read {file}, nor a tokenizer.model", Exception):
-            model = optional("tokenizers").Tokenizer.from_file(str(file))
+        with named(f"cannot read {file}", Exception):
+            model = optional("tokenizers").Tokenizer.from_file(str(regular(file)))
         model.no_truncation()  # which a file may switch on
         model.no_padding()
         model.encode_special_tokens = True  # as text
@@ -485,10 +547,11 @@ class Chat(NamedTuple):
     def encode(self, parts):
         """`split`'s texts and control tokens -> ids."""
         ids, controls = [], [self.tokenizer.controls[token] for token in parts[1::2]]
+        not_text = set(controls)
         for text, control in zip(parts[::2], [*controls, None], strict=True):
             # The official trainer put BOS before the ids of a text of its own.
             new = self.tokenizer.encode(text, not ids or self.template in RECIPES)
-            require(set(new).isdisjoint(controls), f"a text holds a control token: {text!r:.60}")
+            require(not_text.isdisjoint(new), f"a text holds a control token: {text!r:.60}")
             ids += [*new, control]
         return ids[:-1]
 
@@ -527,7 +590,9 @@ def own_template(path, config):
     """The jinja2 text of a checkpoint's chat template, "" if it has none."""
     file, found = Path(path, "chat_template.jinja"), config.get("chat_template") or ""
     if isinstance(found, list):  # several, each with its name
-        found = {each["name"]: each["template"] for each in found}.get("default", "")
+        with named(f"{path} has a malformed chat_template", (LookupError, TypeError)):
+            found = {each["name"]: each["template"] for each in found}.get("default", "")
+    require(isinstance(found, str), f"{path} has a chat_template that is no text")
     return read_text(file) if file.is_file() else found
 
 
@@ -581,7 +646,7 @@ HINT = "controlvector.model_hint"  # llama.cpp's name for our metadata's model_t
 
 def read_tensors(path, layer):
     """({name: tensor}, metadata) of a vector file; layer: of one that does not say its own."""
-    if path.suffix == ".gguf":
+    if regular(path).suffix == ".gguf":
         reader = optional("gguf").GGUFReader(path)
         keys = {name: str(field.contents()) for name, field in reader.fields.items()}
         is_vector = keys.get("general.architecture") == "controlvector"
@@ -702,7 +767,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         time.sleep(5 if os.environ.get("RANK", "0") != "0" else 0)
-        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+        line = f"{self.prog}: {printable(' '.join(message.split()))}"
+        self.exit(2, f"{line if len(line) < 450 else line[:330] + ' ... ' + line[-110:]}\n")
 
 
 class Output:
@@ -831,7 +897,7 @@ def run(args):
     for layer, v in vectors.items():
         print(f"layer {layer}, width {len(v)}, |v| {v.norm():.3f}")
     for key, text in sorted(metadata.items()):
-        print(f"  {key:10}  {text}".rstrip())
+        print(printable(f"  {key:10}  {text}").replace("\n", "\\n").rstrip())
     if args.command == "convert" and args.out.suffix == ".gguf":
         flags = f"--control-vector-scaled {args.out}:1.0 --control-vector-layer-range"
         print(f"llama-cli -m MODEL.gguf {flags} {min(vectors)} {max(vectors)}")

@@ -30,6 +30,7 @@ import torch
 
 import data
 from bipo import first_pass, parts, response_logps
+from data import printable
 from llama import PairIds, check_fit, generate, load, pack, stream
 
 # ---- Means with intervals ------------------------------------------------------------------------
@@ -403,11 +404,6 @@ SPECS = {"multiplier": "+g", "tokens": ".1f", "difference": "+.1%", "nll": ".2f"
 SPECS |= {"margin": "+.2f", "slope": "+.2f", "slope_minus_first": "+.2f", "score": ".2f"}
 
 
-def printable(text):
-    """The text with its control characters, but for line breaks, escaped: safe for a terminal."""
-    return "".join(c if c == "\n" or c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
 def cell(value, spec):
     if isinstance(value, Mean):
         low, high = (f"{x:{spec}}".strip("%") for x in value[1:])
@@ -482,7 +478,7 @@ def encode(path, args, chat, limit, ab):
     """Of a file of pairs: (prompts, PairIds, PairIds of the A/B questions if `ab`, PairIds under
     the system prompt against and then under that for, if there are such)."""
     pairs, prompted = data.read_pairs(path, args.skip_bad), []
-    ids = [chat.encode_pair(pair, limit) for pair in pairs]
+    pairs, ids = data.encode_pairs(chat, pairs, limit, args.skip_bad)
     letters = [x for pair in pairs for x in letter_pairs(chat, pair, limit)] if ab else []
     for text in reversed(args.system_prompts):
         side = [pair._replace(prompt=lean(chat, pair.prompt, text)) for pair in pairs]

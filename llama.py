@@ -17,6 +17,7 @@ Notation: B batch, T tokens of this pass, S keys (cached + T), H heads, K kv hea
 import json
 import math
 import pickle
+import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -46,9 +47,12 @@ class Config:
     family: str = "llama"  # a key of FAMILIES
 
     def __post_init__(self):
+        limits = {int: 10**7, float: math.inf, "max_seq_len": 2**31}  # far above any model's
+        limits |= dict.fromkeys(("n_layers", "n_heads", "n_kv_heads", "head_dim"), 10**4)
         for name, value in asdict(self).items():
             kind = type(self).__annotations__[name]
-            if type(value) is not kind or (kind in (int, float) and not 0 < value < math.inf):
+            limit = limits.get(name, limits.get(kind))
+            if type(value) is not kind or (limit and not 0 < value < limit):
                 raise ValueError(f"{name} = {value!r} is not a possible {kind.__name__}")
         if self.n_heads % self.n_kv_heads or self.head_dim % 2:
             text = f"n_heads {self.n_heads}, n_kv_heads {self.n_kv_heads}, head_dim {self.head_dim}"
@@ -348,10 +352,37 @@ def hf_name(name):
     return ".".join(parts if parts[0] == "lm_head" else ["model", *parts])
 
 
+def regular(path):
+    """The path of a file that a user or a checkpoint names. Raises ValueError for a folder, a pipe
+    or a device, and for what is known to stand under other files' names."""
+    if not Path(path).is_file():
+        found = Path(path).exists()
+        raise ValueError("it is a folder, a pipe or a device" if found else "No such file")
+    with open(path, "rb") as file:
+        start = file.read(20)
+    if start.startswith(b"version https://git-"):
+        raise ValueError("it is a Git LFS pointer instead of the file, which `git lfs pull` brings")
+    if start.startswith(b"PAR1"):
+        raise ValueError("it is a Parquet file; write it as .jsonl, for example with pandas")
+    return Path(path)
+
+
+def unique(items):
+    """The dict of an object in JSON. Raises ValueError if it has one key twice."""
+    found = dict(items)
+    if len(found) < len(items):
+        raise ValueError(f"an object has one key twice, among {', '.join(found)}")
+    return found
+
+
+def parse_json(text):
+    return json.loads(text, object_pairs_hook=unique)
+
+
 def read_json(file):
     """The object in a JSON file. Raises ValueError, with the file's name, for anything else."""
     try:
-        value = json.loads(Path(file).read_text(encoding="utf-8"))
+        value = parse_json(regular(file).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f"cannot read {file}: {e}") from None
     if not isinstance(value, dict):
@@ -432,9 +463,11 @@ def weight_files(path):
             return [path / name]
         if index.is_file():
             shards = read_json(index).get("weight_map")
-            if not isinstance(shards, dict):
-                raise ValueError(f"{index} lacks the field 'weight_map'")
-            return [path / shard for shard in sorted(set(map(str, shards.values())))]
+            if not isinstance(shards, dict) or any(Path(str(x)).name != x for x in shards.values()):
+                raise ValueError(
+                    f"{index} lacks the field 'weight_map' with names of files beside it"
+                )
+            return [path / shard for shard in sorted(set(shards.values()))]
     raise ValueError(f"{path} holds no model.safetensors, no pytorch_model.bin and no index of one")
 
 
@@ -442,10 +475,15 @@ def open_weights(file):
     """{name: tensor} of a file of safetensors or, if its name ends in .bin, of torch.save. Tensors
     are mapped into memory, which reads nothing yet; code in a pickle is not run."""
     try:
-        if file.suffix == ".safetensors":
+        if regular(file).suffix == ".safetensors":
             return load_file(file)
-        weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        return {str(name): x for name, x in weights.items() if torch.is_tensor(x)}
+        with warnings.catch_warnings(action="ignore"):
+            weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        weights = {str(name): x for name, x in weights.items() if torch.is_tensor(x)}
+        for name, x in weights.items():
+            if x.is_nested or x.is_meta or x.is_quantized or x.layout != torch.strided:
+                raise ValueError(f"{name} is a nested, sparse, quantised or empty tensor")
+        return weights
     except pickle.UnpicklingError:
         advice = "it could run code and is not read; save its tensors as safetensors"
         raise ValueError(f"{file} holds more than named tensors: {advice}") from None
@@ -479,6 +517,9 @@ class Checkpoint:
             self.files |= dict.fromkeys(tensors.keys() - self.files.keys(), file)
         if config.tied and "lm_head.weight" in tensors:  # then transformers 5 unties the two
             config = replace(config, tied=False)
+        last = f"model.layers.{config.n_layers - 1}.input_layernorm.weight"
+        if last not in tensors:  # before a model of very many layers is made
+            raise ValueError(f"{path} lacks the tensor {last}; it has {sorted(tensors)[:3]}")
         with torch.device("meta"):
             self.model = Llama(config).eval().requires_grad_(False)
         shapes = {hf_name(our): w.shape for our, w in self.model.state_dict().items()}
@@ -507,7 +548,9 @@ class Checkpoint:
             for name, x in open_weights(file).items():
                 if name in names:
                     device = place(names[name], start, stop, self.devices)
-                    weights[names[name]] = x.to(device, self.dtype)
+                    weights[names[name]] = x = x.to(device, self.dtype)
+                    if not torch.stack(x.aminmax()).isfinite().all():
+                        raise ValueError(f"{file}: {name} holds NaN or infinity in {self.dtype}")
         self.model.load_state_dict(weights, strict=False, assign=True)
 
     @contextmanager

@@ -78,7 +78,7 @@ LINE = json.dumps(PAIR)
         ),
         ("x.jsonl", LINE + "\n{oops\n", "cannot read .*x.jsonl:2: Expecting property name"),
         ("x.jsonl", LINE + '\n["a"]\n', "x.jsonl:2: not an object with named columns: "),
-        ("x.json", '{"data": []}', "x.json record 1: not an object with named columns: 'data'"),
+        ("x.json", '{"data": []}', "cannot read .*x.json: it holds one object, not a list"),
         ("x.json", "7", "cannot read .*x.json: 'int' object is not iterable"),
         (
             "x.jsonl",
@@ -201,9 +201,11 @@ def test_template_follows_the_model_unless_given():
 
 
 def test_tokenizer_faults(tmp_path):
-    message = "cannot read .*tokenizer.json, nor a tokenizer.model: No such file"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(
+        ValueError, match="cannot read .*tokenizer.model: No such file; copy the files"
+    ):
         Tokenizer(tmp_path)
+    message = "cannot read .*tokenizer.model: it is not sentencepiece's, perhaps tiktoken's; copy"
     for content in (b"not a model", b""):
         (tmp_path / "tokenizer.model").write_bytes(content)
         with pytest.raises(ValueError, match=message):
