@@ -95,8 +95,8 @@ def test_json_and_plot_are_two_files(tmp_path, fails):
 
 WAITS = """import sys, time, data
 def run(args):
-    print("ready", flush=True)
     try:
+        print("ready", flush=True)
         time.sleep(9)
     except BaseException as e:
         e.add_note("--resume goes on")
