@@ -237,10 +237,13 @@ class Code:
     ("content", "message"),
     [
         ({"model.norm.weight": Code()}, "holds more than named tensors: it could run code"),
-        ({"model.norm.weight": [1.0]}, "lacks the tensor lm_head.weight"),
+        ({"model.norm.weight": [1.0]}, "lacks the tensor model.layers.1.input_layernorm.weight"),
         ([torch.ones(3)], "cannot read .*pytorch_model.bin: "),
-        ({0: torch.ones(3)}, "has the unknown tensor 0"),
-        ({"model.norm.weight": torch.ones(3)}, "lacks the tensor lm_head.weight"),
+        ({0: torch.ones(3)}, r"lacks the tensor .*; it has \['0'\]"),
+        (
+            {"model.norm.weight": torch.ones(3)},
+            "lacks the tensor model.layers.1.input_layernorm.weight",
+        ),
         (None, "cannot read .*pytorch_model.bin: "),
     ],
 )
