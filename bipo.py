@@ -289,9 +289,8 @@ def run(args):
     began, layer = time.time(), args.layer
     flags = {k: x for k, x in vars(args).items() if hasattr(Recipe, k) and x is not None}
     recipe = replace(PRESETS[args.preset], **flags)
-    args.device, *others = (args.device or "").split(",")
+    args.device, *rest = (args.device or "").split(",")
     path, base_model, config, chat, device, dtype = data.open_model(args)
-    more = [data.pick_device(name, args.dtype)[0] for name in others]
     check_fit(config, [layer], 0)
     pairs, held_out = data.read_sets(args)
     data.note_shortcuts(pairs)
@@ -304,7 +303,7 @@ def run(args):
         print(f"note: {len(shared)} held-out prompts are trained on, for example {min(shared)!r}")
     what = f"{len(pairs)} pairs of {args.data}, held out {len(held_out)} {origin}"
     what += f", ids {hashlib.sha256(str(ids).encode()).hexdigest()[:12]}"
-    checkpoint = Checkpoint(path, dtype, device, more)
+    checkpoint = Checkpoint(path, dtype, device, [data.pick_device(x, args.dtype)[0] for x in rest])
     stem = Path(args.data.name.removesuffix(".gz")).stem
     out = args.out or Path("runs", f"{stem}-layer{layer}-{args.method}".removesuffix("-bipo"))
     data.check_output(out / "vector.safetensors")
@@ -408,6 +407,8 @@ def main(argv=None):
     for f in fields(Recipe):
         add(f"--{f.name.replace('_', '-')}", type=f.type, help=f.metadata["help"])
     data.run_or_exit(parser, run, argv)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
