@@ -269,7 +269,8 @@ def train(model, layer, pairs, held_out, recipe=PRESETS["paper"], seed=0, batche
 
 # ---- Command line --------------------------------------------------------------------------------
 
-SAVE_EVERY = 120  # seconds; what --resume goes on from is written that often, and each epoch
+SAVE_EVERY = 20  # steps: how often what --resume goes on from is written, beside each epoch's end
+HELD_OUT = "d {:+d}: loss {loss:.4f}, margin {margin:+6.2f} nats, accuracy {accuracy:4.0%}"
 
 
 def run(args):
@@ -287,7 +288,7 @@ def run(args):
 
     # 2. everything that can be wrong, before any long work
     began, layer = time.time(), args.layer
-    flags = {k: x for k, x in vars(args).items() if hasattr(Recipe, k) and x is not None}
+    flags = {f.name: x for f in fields(Recipe) if (x := getattr(args, f.name)) is not None}
     recipe = replace(PRESETS[args.preset], **flags)
     args.device, *rest = (args.device or "").split(",")
     path, base_model, config, chat, device, dtype = data.open_model(args)
@@ -323,11 +324,12 @@ def run(args):
 
     after, state = (0, torch.zeros(3, config.dim)), out / "state.safetensors"
     if args.resume and state.exists():
-        rows, old = data.load_vector(state)
+        found, old = data.load_vector(state)
         for name, value in settings.items():
             was = old.get(name)
             data.require(was == value, f"{out} holds a run with {name} {was}, not {value}")
-        after = int(old["step"]), torch.stack([*rows.values()])
+        after = int(old["step"]), torch.stack([*found.values()])
+        print(f"going on after step {after[0]}")
 
     # 3. what does not depend on v; the blocks up to the layer come one at a time, the others stay
     checkpoint.read(layer + 1, config.n_layers)
@@ -343,49 +345,42 @@ def run(args):
 
     def save():
         """Write what --resume goes on from."""
-        rows = dict(enumerate(after[1]))
-        data.save_vector(state, rows, settings | {"step": str(after[0])})
+        metadata = settings | {"step": str(after[0])}
+        data.save_vector(state, dict(enumerate(after[1])), metadata)
 
-    log_file, rows = out / "log.jsonl", []
+    log_file, rows = out / "log.jsonl", [json.dumps(settings)]
     if after[0]:
-        print(f"going on after step {after[0]}")
-        rows = log_file.read_text(encoding="utf-8").splitlines()[1 : 1 + after[0]]
+        rows += log_file.read_text(encoding="utf-8").splitlines()[1 : 1 + after[0]]
     else:
         save()
         for file in out.glob("epoch_*.safetensors"):
             file.unlink()
     with data.whole_file(log_file) as part:
-        part.write_text("\n".join([json.dumps(settings), *rows, ""]), encoding="utf-8")
-    progress, saved = data.Progress("step"), time.time()
+        part.write_text("\n".join([*rows, ""]), encoding="utf-8")
+    progress = data.Progress("step")
     try:
-        with open(log_file, "a", encoding="utf-8") as log:
-            for step in steps:
-                row = {k: x for k, x in step._asdict().items() if not isinstance(x, torch.Tensor)}
-                row["v_norm"] = step.v.norm().item()
-                print(json.dumps(row), file=log, flush=True)
-                after = step.step, step.state
-                line = "loss {loss:.4f}  lr {lr:.1e}  |v| {v_norm:.3f}".format(**row)
-                progress(step.step, n_steps, line)
-                if step.held_out:
-                    print(held_out_line(row), flush=True)
-                    settings["epoch"] = str(step.epoch)
-                    for name in (f"epoch_{step.epoch:02}", "vector"):
-                        data.save_vector(out / f"{name}.safetensors", {layer: step.v}, settings)
-                if step.held_out or time.time() > saved + SAVE_EVERY:
-                    save()
-                    saved = time.time()
+        for step in steps:
+            row = {k: x for k, x in step._asdict().items() if not isinstance(x, torch.Tensor)}
+            row["v_norm"] = step.v.norm().item()
+            with open(log_file, "a", encoding="utf-8") as log:
+                print(json.dumps(row), file=log)
+            after = step.step, step.state
+            line = "loss {loss:.4f}  lr {lr:.1e}  |v| {v_norm:.3f}".format(**row)
+            progress(step.step, n_steps, line)
+            if step.held_out:
+                both = [HELD_OUT.format(d, **x) for d, x in step.held_out.items()]
+                print(f"epoch {step.epoch:2}  held out", *both, sep="  ", flush=True)
+                settings["epoch"] = str(step.epoch)
+                for name in (f"epoch_{step.epoch:02}", "vector"):
+                    data.save_vector(out / f"{name}.safetensors", {layer: step.v}, settings)
+            if step.held_out or step.step % SAVE_EVERY == 0:
+                save()
     except (KeyboardInterrupt, SystemExit) as e:
         save()
         e.add_note(f"the same command with --resume --out {out} goes on after step {after[0]}")
         raise
     minutes = (time.time() - began) / 60
     print(f"saved vector.safetensors, a file an epoch and log.jsonl in {out}, {minutes:.1f} min")
-
-
-def held_out_line(row):
-    numbers = "d {:+d}: loss {loss:.4f}, margin {margin:+6.2f} nats, accuracy {accuracy:4.0%}"
-    both = [numbers.format(d, **x) for d, x in row["held_out"].items()]
-    return "  ".join([f"epoch {row['epoch']:2}  held out", *both])
 
 
 def main(argv=None):

@@ -50,7 +50,7 @@ def finished(tmp_path_factory):
 def test_a_run_writes_a_vector_one_for_each_epoch_and_a_log(finished):
     out, _, _ = finished
     epochs = ["epoch_01.safetensors", "epoch_02.safetensors", "epoch_03.safetensors"]
-    assert names_in(out) == [*epochs, "log.jsonl", "vector.safetensors"]
+    assert names_in(out) == [*epochs, "log.jsonl", "state.safetensors", "vector.safetensors"]
     vectors = [load_vector(out / name)[0][1] for name in (*epochs, "vector.safetensors")]
     assert vectors[3].norm() > 0.1 and torch.equal(vectors[3], vectors[2])
     assert not torch.equal(vectors[2], vectors[1])
@@ -266,7 +266,7 @@ def test_the_old_vector_stays_until_there_is_a_new_one(earlier, fails, monkeypat
     (out / "epoch_07.safetensors").write_bytes(b"of a longer run")
     monkeypatch.setattr(bipo, "evaluate", broken)  # after the last step of the epoch
     fails(bipo.main, [*args, "--overwrite", "--seed", 1], "it broke")
-    assert names_in(out) == ["log.jsonl", "vector.safetensors"]
+    assert names_in(out) == ["log.jsonl", "state.safetensors", "vector.safetensors"]
     assert (out / "vector.safetensors").read_bytes() == before
     settings, rows = read_log(out)
     assert settings["seed"] == "1" and [row["step"] for row in rows] == [1, 2]
@@ -277,7 +277,8 @@ def test_overwriting_leaves_the_files_of_the_new_run_and_of_nobody_else(earlier)
     (out / "epoch_07.safetensors").write_bytes(b"of a longer run")
     (out / "notes.safetensors").write_bytes(b"not of a run")
     run_main(*args, "--overwrite", "--seed", 1)
-    names = ["epoch_01.safetensors", "log.jsonl", "notes.safetensors", "vector.safetensors"]
+    names = ["epoch_01.safetensors", "log.jsonl"]
+    names += [f"{name}.safetensors" for name in ("notes", "state", "vector")]
     assert names_in(out) == names
     assert load_vector(out)[1]["seed"] == "1"
 

@@ -71,7 +71,7 @@ def stop_at(monkeypatch, n, error=Killed):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_killed_at_every_moment(tmp_path, monkeypatch, capsys, whole, overwrite):
-    monkeypatch.setattr(bipo, "SAVE_EVERY", 0)
+    monkeypatch.setattr(bipo, "SAVE_EVERY", 1)
     for n in range(0, 70, 10 if overwrite else 4):
         out = tmp_path / str(n)
         if overwrite:
@@ -99,7 +99,7 @@ def test_killed_at_every_moment(tmp_path, monkeypatch, capsys, whole, overwrite)
 
 
 def test_killed_again_and_again(tmp_path, monkeypatch, capsys, whole):
-    monkeypatch.setattr(bipo, "SAVE_EVERY", 0)
+    monkeypatch.setattr(bipo, "SAVE_EVERY", 1)
     steps = []
     for n in (17, 23, 29, 31, 37, 41, 43, 47):
         with monkeypatch.context() as patch:
