@@ -70,9 +70,9 @@ def unpack(file, folder):
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     theirs = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
-    part = folder.with_name(f".part-{folder.name}")
+    part = folder.with_name(f".part-{folder.name}")  # takes its name when it is right
     tokenizer.save_pretrained(part)
-    drop = ("quantization_config", "_name_or_path")
+    drop = ("quantization_config", "_name_or_path", "_model_name_or_path")
     config = {k: x for k, x in theirs.config.to_dict().items() if k not in drop}
     (part / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, default=str))
     weights = {k: w.clone() for k, w in theirs.state_dict().items() if k != "lm_head.weight"}
