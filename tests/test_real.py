@@ -187,11 +187,10 @@ def test_the_report_has_the_table_and_its_commands(name):
     (block,) = re.findall(rf"<!-- {name} -->\n(.*?)\n<!-- end -->", REPORT, re.DOTALL)
     result = json.loads((ROOT / real.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     assert block == real.report(name, result)
-    known = [x for commands in real.COMMANDS.values() for x in commands.values()]
-    assert {*result["commands"]} <= {*known}
+    assert {*result["commands"]} <= {*real.COMMANDS.values()}
 
 
 def test_the_readmes_hook_becomes_this_models(monkeypatch):
     monkeypatch.chdir(ROOT)
-    lines = real.hook_lines(14, real.OUT / "power-seeking")
+    lines = real.hook_lines(14, real.OUT / "hallucination")
     assert "layers[14]" in lines and str(real.MODEL) in lines
