@@ -353,8 +353,8 @@ def report(name, result):
     text = EXPERIMENTS[name][1](result)
     vector = result.get("vector")
     if vector:
-        text += f" Norm of v: {vector['norm']:.2f}, after {vector['epochs']} epochs"
-        text += f" of {vector['pairs']} pairs."
+        text += f" Norm of v: {vector['norm']:.2f}, after epoch {vector['epochs']}"
+        text += f" with {vector['pairs']} pairs."
     return "```\n" + "\n".join(lines) + f"\n```\n\nOn {result['machine']}.\n\n{text}"
 
 
