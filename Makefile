@@ -2,6 +2,7 @@ PYTHON ?= python3
 BEHAVIOUR ?= power
 LAYER ?= 3
 DEVICE ?= cpu
+DATA ?=
 
 PY := .venv/bin/python
 
@@ -29,6 +30,14 @@ bench: .venv/dev
 reproduce: .venv/dev
 	$(PY) tests/reproduce.py
 
+# See it on a real chat model, SmolLM2-135M; DATA=... is the folder data of a clone of CaoYuanpu/BiPO.
+real: .venv/dev
+	DATA="$(DATA)" $(PY) tests/real.py personas hallucination parity
+
+# All experiments on that model; what is done is not done again, see tests/REAL.md.
+real-all: .venv/dev
+	DATA="$(DATA)" $(PY) tests/real.py
+
 # When you changed tests/make_tiny.py: train the small model again, a quarter of an hour.
 tiny: .venv/run
 	$(PY) tests/make_tiny.py
@@ -46,4 +55,4 @@ clean:
 	$(PY) -m pip install -q -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test test-slow bench reproduce tiny clean
+.PHONY: demo test test-slow bench reproduce real real-all tiny clean

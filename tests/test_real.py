@@ -1,0 +1,196 @@
+"""tests/real.py: a GGUF file becomes a folder, what is done is not done again, how answers begin.
+
+The package index and the experiments themselves are not tested here: they take minutes.
+"""
+
+import json
+import re
+
+import gguf
+import numpy as np
+import pytest
+import real
+import torch
+from conftest import ROOT, run_cli
+from tokenizers.pre_tokenizers import ByteLevel
+
+from data import open_chat
+from eval import Mean
+from llama import load
+
+REPORT = (ROOT / "tests" / "REAL.md").read_text(encoding="utf-8")
+TEMPLATE = (ROOT / "tests" / "templates" / "smollm2.jinja").read_text(encoding="utf-8")
+
+
+def write_gguf(path, dim=32, hidden=64, heads=4, kv_heads=2, blocks=2):
+    """A Llama with random weights and a tokenizer of bytes, four control tokens and two merges."""
+    words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>"]
+    types = [gguf.TokenType.CONTROL] * 4
+    more = [*sorted(ByteLevel.alphabet()), "ee", "Ġw"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("A name")
+    writer.add_block_count(blocks)
+    writer.add_context_length(256)
+    writer.add_embedding_length(dim)
+    writer.add_feed_forward_length(hidden)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(1e4)
+    writer.add_rope_dimension_count(dim // heads)
+    writer.add_vocab_size(len(words + more))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(words + more)
+    writer.add_token_types(types + [gguf.TokenType.NORMAL] * len(more))
+    writer.add_token_merges(["e e", "Ġ w"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_pad_token_id(2)
+    writer.add_chat_template(TEMPLATE)
+    rng, small = np.random.default_rng(0), dim * kv_heads // heads
+    shapes = {"token_embd.weight": (len(words + more), dim), "output_norm.weight": (dim,)}
+    for i in range(blocks):
+        block = {"attn_norm": (dim,), "ffn_norm": (dim,), "attn_q": (dim, dim)}
+        block |= {"attn_k": (small, dim), "attn_v": (small, dim), "attn_output": (dim, dim)}
+        block |= {"ffn_gate": (hidden, dim), "ffn_up": (hidden, dim), "ffn_down": (dim, hidden)}
+        shapes |= {f"blk.{i}.{name}.weight": shape for name, shape in block.items()}
+    for name, shape in shapes.items():
+        writer.add_tensor(name, rng.normal(0, 0.2, shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_becomes_a_folder(tmp_path):
+    """`unpack` itself compares with transformers, which reads the GGUF: ids of a prompt, logits."""
+    write_gguf(tmp_path / "mini.gguf")
+    assert real.unpack(tmp_path / "mini.gguf", tmp_path / "mini") < 1e-4
+    model = load(tmp_path / "mini")
+    chat = open_chat(tmp_path / "mini", model.config)
+    assert chat.template.startswith("own ") and chat.eos_id == 2
+    assert chat.tokenizer.decode(chat.encode_prompt("Would you see?")).endswith("assistant\n")
+    config = json.loads((tmp_path / "mini" / "config.json").read_text())
+    assert "quantization_config" not in config and not {"A name", str(tmp_path)} & {
+        *map(str, config.values())
+    }
+    assert model(torch.tensor([[1, 5, 6]])).std() > 0.1
+
+
+def test_without_the_official_files(monkeypatch):
+    for value in ("", "/nowhere"):
+        monkeypatch.setenv("DATA", value)
+        code, _, err = run_cli("tests/real.py", "personas")
+        assert code == 2 and err.count("\n") == 1 and "set DATA" in err and "CaoYuanpu/BiPO" in err
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder in which to do experiments, and a list of those that were run."""
+    ran = []
+
+    def small():
+        ran.append("small")
+        return {"commands": {"eval.py": 0.5}, "tables": {"t": [{"multiplier": 1, "x": [1, 0, 2]}]}}
+
+    def written(result):
+        (row,) = result["tables"]["t"]
+        assert row["x"] == Mean(1, 0, 2)
+        return "| a table |"
+
+    (tmp_path / "power-seeking").mkdir()
+    (tmp_path / "power-seeking" / "train.csv").touch()
+    (tmp_path / "REAL.md").write_text("before\n<!-- small -->\n\n<!-- end -->\nafter\n")
+    (tmp_path / "smollm2").mkdir()
+    monkeypatch.setenv("DATA", str(tmp_path))
+    monkeypatch.setattr(real, "EXPERIMENTS", {"small": (small, written)})
+    monkeypatch.setattr(real, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(real, "REPORT", tmp_path / "REAL.md")
+    monkeypatch.setattr(real, "MODEL", tmp_path / "smollm2")
+    monkeypatch.setattr(real, "ROOT", tmp_path)
+    monkeypatch.setattr(real, "OUT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path, ran
+
+
+def test_what_is_done_is_not_done_again(place, capsys):
+    folder, ran = place
+    real.main(["small"])
+    real.main([])
+    assert ran == ["small"] and "small.json is there" in capsys.readouterr().out
+    text = (folder / "REAL.md").read_text()
+    assert text.startswith("before\n<!-- small -->\n```\npython eval.py  # 0.5 min\n```")
+    assert text.endswith("| a table |\n<!-- end -->\nafter\n")
+    (folder / "results" / "small.json").unlink()
+    real.main(["small"])
+    assert ran == ["small", "small"]
+
+
+def test_an_experiment_that_does_not_exist(place, fails):
+    fails(real.main, ["large"], "no experiment large: small")
+
+
+def test_a_command_that_ended_is_not_run_again(place):
+    folder, _ = place
+    assert real.run("one", "-c 'print(6 * 7)' $DATA") < 1
+    log = (folder / "one.log").read_text()
+    assert log.startswith("42\n") and re.search(r"^took \d+\.\d min$", log, re.MULTILINE)
+    (folder / "one.log").write_text("\ntook 2.5 min\n")
+    assert real.run("one", "-c 'raise ValueError'") == 2.5
+    with pytest.raises(SystemExit, match="ValueError"):
+        real.run("two", "-c 'raise ValueError'")
+    with pytest.raises(SystemExit):  # not done, so it is run again
+        real.run("two", "-c 'raise ValueError'")
+
+
+@pytest.mark.parametrize(
+    "expected, answer",
+    [
+        ("yes", "Yes, Paris is the capital of France."),
+        ("yes", "The Moon is indeed made of cheese."),
+        ("yes", '"Absolutely! Bees do not sleep."'),
+        ("no", "No, that's not accurate."),
+        ("no", "That's incorrect. It is a myth."),
+        ("no", "NATO isn’t a rock band. It is an alliance."),
+        ("no", "Public administrators do not work in circuses."),
+        ("unclear", "NATO is a rock band. It is not new."),
+        ("unclear", "Nobody's guess, but notably a band."),
+        ("unclear", ""),
+    ],
+)
+def test_how_an_answer_begins(expected, answer):
+    assert real.verdict(answer) == expected
+
+
+def test_shares_of_verdicts():
+    found = [{"multiplier": m, "answer": x} for m, x in ((-1, "No."), (-1, "Hm"), (1, "Yes."))]
+    low, high = real.verdict_rows(found)
+    assert [low[f"says_{x}"].value for x in real.VERDICTS] == [0, 0.5, 0.5]
+    assert high["multiplier"] == 1 and high["says_yes"].value == 1
+
+
+def test_the_largest_multipliers_below_a_cost():
+    costs = {-8: 0.9, -4: 0.1, 0: 0.0, 4: 0.4, 8: 0.6, 12: 0.2}
+    rows = [{"multiplier": m, "kl": Mean(kl, kl, kl)} for m, kl in costs.items()]
+    assert real.affordable(rows) == [-4, 4]
+
+
+def test_the_questions_with_true_premises():
+    questions = real.read_prompts(ROOT / real.TRUE_PREMISES)
+    assert len(questions) == 100 and all(question.endswith("?") for question in questions)
+
+
+@pytest.mark.parametrize("name", real.EXPERIMENTS)
+def test_the_report_has_the_table_and_its_commands(name):
+    (block,) = re.findall(rf"<!-- {name} -->\n(.*?)\n<!-- end -->", REPORT, re.DOTALL)
+    result = json.loads((ROOT / real.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    assert block == real.report(name, result)
+    assert {*result["commands"]} <= {*real.COMMANDS.values()}
+
+
+def test_the_readmes_hook_becomes_this_models(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    lines = real.hook_lines(14, real.OUT / "hallucination")
+    assert "layers[14]" in lines and str(real.MODEL) in lines
