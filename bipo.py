@@ -236,7 +236,7 @@ def train(model, layer, pairs, held_out, recipe=PRESETS["paper"], seed=0, batche
     batches: [(row numbers, d)] to use instead of the seed's.
     after: (step, state) of the Step to go on after. What follows is bitwise what it would have been
         without the interruption.
-    Raises ValueError if the loss or its gradient is not finite.
+    Raises ValueError, with the rows of the batch, if the loss or its gradient is not finite.
     """
     done, state = after or (0, torch.zeros(3, model.config.dim))
     v, mean, square = state.to(model.device, copy=True)
@@ -257,14 +257,15 @@ def train(model, layer, pairs, held_out, recipe=PRESETS["paper"], seed=0, batche
         v.grad, (loss, margin) = sums[:-2], sums[-2:].tolist()
         norm = torch.nn.utils.clip_grad_norm_(v, recipe.clip_norm).item()
         if not math.isfinite(loss + norm):
-            raise ValueError(f"step {step}: loss {loss}, gradient {norm}; try another dtype or lr")
+            numbers = f"step {step}, pairs {rows}: loss {loss}, gradient {norm}"
+            raise ValueError(f"{numbers}; try another dtype or lr")
         adam.param_groups[0]["lr"] = lr = lr_at(step - 1, recipe.lr, recipe.warmup_steps, horizon)
         adam.step()
         last = step % per_epoch == 0
         report = evaluate(model, layer, v, held_out, recipe.beta) if last and held_out else None
-        numbers = (math.ceil(step / per_epoch), rows, d, lr, loss, margin, norm, report)
+        numbers = (lr, loss, margin, norm, report, torch.cat(logps))
         state = torch.stack([v.detach(), mean, square])
-        yield Step(step, *numbers, torch.cat(logps), state[0], state)
+        yield Step(step, math.ceil(step / per_epoch), rows, d, *numbers, state[0], state)
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -307,7 +308,8 @@ def run(args):
     checkpoint = Checkpoint(path, dtype, device, [data.pick_device(x, args.dtype)[0] for x in rest])
     stem = Path(args.data.name.removesuffix(".gz")).stem
     out = args.out or Path("runs", f"{stem}-layer{layer}-{args.method}".removesuffix("-bipo"))
-    data.check_output(out / "vector.safetensors")
+    for name in ("vector.safetensors", "state.safetensors", "log.jsonl"):
+        data.check_output(out / name)
     if (out / "vector.safetensors").exists() and not (args.overwrite or args.resume):
         raise ValueError(f"--out {out} holds a run: name another folder, --resume or --overwrite")
     settings = {"base_model": base_model, "model_type": config.family}

@@ -192,3 +192,14 @@ def test_killed_by_the_system_at_random_moments(tmp_path):
     train(out, "--resume", epochs=400)
     assert seen > 10
     assert_same(out, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["vector.safetensors", "state.safetensors", "log.jsonl"])
+def test_an_output_that_cannot_be_is_refused_before_any_work(tmp_path, fails, name):
+    (tmp_path / name).mkdir()
+    fails(bipo.main, [*RUN, 1, "--out", tmp_path], "cannot write", name)
+    assert names(tmp_path) == [name]
+
+
+def names(folder):
+    return sorted(file.name for file in folder.iterdir())
