@@ -418,11 +418,12 @@ def parse_config(fields):
     n_heads = fields["num_attention_heads"]
     silent = dict(num_key_value_heads=n_heads, head_dim=fields["hidden_size"] // n_heads)
     fields = dict(rms_norm_eps=1e-6, tie_word_embeddings=False) | silent | fields
-    take = fields.pop  # what is left in the end was not used
-    longest = take("max_sequence_length", take("max_position_embeddings"))  # Vicuna's: scaled
-    if family == "mistral":  # within its window attention is full attention; more is refused
-        longest = min(longest, take("sliding_window", longest))
-    ours = {our: take(name) for our, name in CONFIG_NAMES.items()} | take_rope(fields)
+    # Each field that is used is popped. Vicuna's max_sequence_length includes its scaling. Within
+    # Mistral's sliding window attention is full attention; longer input is refused.
+    longest = fields.pop("max_sequence_length", fields.pop("max_position_embeddings"))
+    if family == "mistral":
+        longest = min(longest, fields.pop("sliding_window", longest))
+    ours = {our: fields.pop(name) for our, name in CONFIG_NAMES.items()} | take_rope(fields)
     config = Config(**ours, max_seq_len=longest, qkv_bias=family == "qwen2")
     plain = {"hidden_act": "silu", "layer_types": ["full_attention"] * config.n_layers}
     plain |= dict.fromkeys(SWITCHED_OFF, False)
@@ -434,15 +435,12 @@ def parse_config(fields):
 
 def take_rope(fields):
     """Pop the rotary fields of a config.json; return Config's two arguments for them."""
-    theta, scaling = fields.pop("rope_theta", 10000.0), ()
-    for field in ("rope_scaling", "rope_parameters"):  # of transformers 4, of transformers 5
-        rope = fields.pop(field, {})
-        theta = rope.get("rope_theta", theta)
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        numbers = ROPE_SCALING.get(kind, [])
-        if kind not in ROPE_SCALING or rope.keys() - {"rope_theta", "rope_type", "type", *numbers}:
-            raise ValueError(f"{field} = {rope} is not implemented")
-        scaling = tuple(float(rope[name]) for name in numbers) or scaling
+    rope = {"rope_theta": fields.pop("rope_theta", 10000.0)}  # where transformers 4 has it
+    rope = rope | fields.pop("rope_scaling", {}) | fields.pop("rope_parameters", {})  # 4 | 5
+    theta, kind = rope.pop("rope_theta"), rope.pop("rope_type", rope.pop("type", "default"))
+    if kind not in ROPE_SCALING or rope.keys() != set(ROPE_SCALING[kind]):
+        raise ValueError(f"rope_scaling, rope_parameters: {kind!r} with {rope} is not implemented")
+    scaling = tuple(float(rope[name]) for name in ROPE_SCALING[kind])
     return {"rope_theta": float(theta), "rope_scaling": scaling}
 
 
@@ -502,10 +500,10 @@ class Checkpoint:
         self.dtype, self.devices = dtype, [device, *more]
         config, tensors, self.files = read_config(path), {}, {}
         for file in weight_files(Path(path)):
-            tensors = open_weights(file) | tensors  # the first of two of one name counts
+            tensors = open_weights(file) | tensors  # of two of one name the first counts
             self.files |= dict.fromkeys(tensors.keys() - self.files.keys(), file)
-        if config.tied and "lm_head.weight" in tensors:  # then transformers 5 unties the two
-            config = replace(config, tied=False)
+        # As in transformers 5, a head that was saved all the same is not tied.
+        config = replace(config, tied=config.tied and "lm_head.weight" not in tensors)
         with torch.device("meta"):
             self.model = Llama(config).eval().requires_grad_(False)
         shapes = {hf_name(our): tuple(w.shape) for our, w in self.model.state_dict().items()}
@@ -529,7 +527,7 @@ class Checkpoint:
         weights = {}
         for file in {self.files[name] for name in names}:
             for name, x in open_weights(file).items():
-                if name in names:
+                if name in names and self.files[name] == file:
                     device = place(names[name], start, stop, self.devices)
                     weights[names[name]] = x = x.to(device, self.dtype)
                     if not torch.stack(x.aminmax()).isfinite().all():

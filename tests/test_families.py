@@ -270,7 +270,10 @@ def test_other_pickles_are_refused(small, monkeypatch, content, message):
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config = {'quant_method"),
         ({"quantization_config": {"load_in_4bit": True}}, "quantization_config = {'load_in_4bit"),
         ({"use_sliding_window": True}, "use_sliding_window = True is not implemented"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling = {'type': 'yarn'"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "rope_scaling, rope_parameters: 'yarn' with {'factor': 4.0}",
+        ),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = ["),
     ],
 )

@@ -443,6 +443,16 @@ def test_sharded_equals_whole(copy):
     assert torch.equal(load(folder)(tokens), load(MINI)(tokens))
 
 
+def test_of_two_tensors_of_one_name_the_first_files_counts(copy):
+    folder, _ = copy
+    shard(folder)
+    first, last = folder / "model-0.safetensors", folder / "model-2.safetensors"
+    name = min(load_file(first))
+    save_file(load_file(last) | {name: torch.zeros(1)}, last)
+    tokens = tokens_of(1, 8)
+    assert torch.equal(load(folder)(tokens), load(MINI)(tokens))
+
+
 Q = "model.layers.2.self_attn.q_proj.weight"
 
 
@@ -626,7 +636,7 @@ def test_config_fields_we_do_not_implement_are_refused_by_name(copy, field, valu
     folder, _ = copy
     fields = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(fields | {field: value}))
-    with pytest.raises(ValueError, match=rf"config.json: {field}"):
+    with pytest.raises(ValueError, match=rf"config.json: .*{field}"):
         load(folder)
 
 
@@ -655,8 +665,8 @@ LLAMA_3 |= {"original_max_position_embeddings": 8192}
         ({"head_dim": 7}, "head_dim be even.*head_dim=7"),
         ({"hidden_size": "32"}, "'str' and 'int'"),
         ({"num_attention_heads": 0}, "zero"),
-        ({"rope_scaling": "linear"}, "'str' object"),
-        ({"rope_scaling": {"type": "linear"}}, "lacks the field 'factor'"),
+        ({"rope_scaling": "linear"}, "'dict' and 'str'"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.* 'linear' with {} is not"),
         ({"rope_scaling": {"type": "linear", "factor": 0.0}}, "rope_scaling .* needs numbers > 0"),
         ({"rope_scaling": LLAMA_3 | {"low_freq_factor": 4.0}}, "rope_scaling .* low < high"),
         ({"model_type": ["llama"]}, "'list'"),
