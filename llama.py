@@ -47,16 +47,14 @@ class Config:
     family: str = "llama"  # a key of FAMILIES
 
     def __post_init__(self):
-        limits = {int: 10**7, float: math.inf, "max_seq_len": 2**31}  # far above any model's
-        limits |= dict.fromkeys(("n_layers", "n_heads", "n_kv_heads", "head_dim"), 10**4)
+        limits = {int: 10**7, float: math.inf}  # far above any model's
         for name, value in asdict(self).items():
             kind = type(self).__annotations__[name]
-            limit = limits.get(name, limits.get(kind))
+            limit = 1000 if name == "n_layers" else limits.get(kind)
             if type(value) is not kind or (limit and not 0 < value < limit):
                 raise ValueError(f"{name} = {value!r} is not a possible {kind.__name__}")
         if self.n_heads % self.n_kv_heads or self.head_dim % 2:
-            text = f"n_heads {self.n_heads}, n_kv_heads {self.n_kv_heads}, head_dim {self.head_dim}"
-            raise ValueError(f"{text}: the second must divide the first, the third be even")
+            raise ValueError(f"n_kv_heads must divide n_heads, and head_dim be even: {self}")
         low, high = self.rope_scaling[1:3] or (1, 2)
         if not all(0 < x < math.inf for x in self.rope_scaling) or low >= high:
             raise ValueError(f"rope_scaling {self.rope_scaling} needs numbers > 0 and low < high")
@@ -225,7 +223,7 @@ class Llama(nn.Module):
             h, cos, sin = h.to(where), cos.to(where), sin.to(where)
             h = self.layers[i](h, cos, sin, mask, cache, i)
             if steer and i in steer:
-                h = add_vector(h, steer[i])
+                h = add_vector(h, steer[i].to(where))
         if cache and stop == self.config.n_layers:
             cache.length += T
         return h.to(device)
@@ -310,15 +308,20 @@ def pack(pairs, device="cpu"):
 
 # ---- Checkpoints as Hugging Face saves them ------------------------------------------------------
 
-# The families that this file implements. First: what transformers assumes where their config.json
-# is silent. Then: what holds whatever config.json says (Qwen2's window is off unless
-# use_sliding_window is set, which is refused).
+# The families that this file implements, and what transformers assumes where their config.json is
+# silent.
 FAMILIES = {
     "llama": dict(max_position_embeddings=2048),
     "mistral": dict(max_position_embeddings=131072, num_key_value_heads=8, sliding_window=4096),
     "qwen2": dict(max_position_embeddings=32768, num_key_value_heads=32),
 }
-FIXED = {"qwen2": dict(qkv_bias=True, sliding_window=None)}
+
+CONFIG_NAMES = dict(  # ours: Hugging Face's
+    dim="hidden_size", n_layers="num_hidden_layers", n_heads="num_attention_heads",
+    n_kv_heads="num_key_value_heads", head_dim="head_dim", hidden_dim="intermediate_size",
+    vocab_size="vocab_size", norm_eps="rms_norm_eps", tied="tie_word_embeddings",
+    family="model_type",
+)  # fmt: skip
 
 ROPE_SCALING = {  # rope_type: its numbers
     "default": [],
@@ -327,14 +330,15 @@ ROPE_SCALING = {  # rope_type: its numbers
 }
 
 # Fields that do not change what is computed here. Any other field that `parse_config` does not use
-# is refused by name, for it could mean another network.
+# is refused by name, for it could mean another network. sliding_window is Mistral's alone; Qwen2's
+# is off unless use_sliding_window is set, which is refused.
 INERT_FIELDS = """
     _attn_implementation_autoset _name_or_path architectures attention_dropout bos_token_id
     chunk_size_feed_forward do_sample dtype eos_token_id id2label initializer_range is_decoder
     is_encoder_decoder is_llama_config label2id max_length max_window_layers output_attentions
-    output_hidden_states pad_token_id pretraining_tp return_dict temperature tokenizer_class top_k
-    top_p torch_dtype torchscript transformers.js_config transformers_version unk_token_id
-    unsloth_fixed unsloth_version use_cache
+    output_hidden_states pad_token_id pretraining_tp return_dict sliding_window temperature
+    tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
+    transformers_version unk_token_id unsloth_fixed unsloth_version use_cache
 """.split()
 SWITCHED_OFF = "attention_bias mlp_bias rope_interleaved use_mrope use_sliding_window".split()
 
@@ -355,16 +359,16 @@ def hf_name(name):
 def regular(path):
     """The path of a file that a user or a checkpoint names. Raises ValueError for a folder, a pipe
     or a device, and for what is known to stand under other files' names."""
-    if not Path(path).is_file():
-        found = Path(path).exists()
-        raise ValueError("it is a folder, a pipe or a device" if found else "No such file")
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError("it is a folder, a pipe or a device" if path.exists() else "No such file")
     with open(path, "rb") as file:
         start = file.read(20)
     if start.startswith(b"version https://git-"):
         raise ValueError("it is a Git LFS pointer instead of the file, which `git lfs pull` brings")
     if start.startswith(b"PAR1"):
         raise ValueError("it is a Parquet file; write it as .jsonl, for example with pandas")
-    return Path(path)
+    return path
 
 
 def unique(items):
@@ -410,65 +414,53 @@ def parse_config(fields):
     family = fields.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"model_type {family!r} is not implemented; {', '.join(FAMILIES)} are")
-    fields = {"rms_norm_eps": 1e-6} | FAMILIES[family] | fields | FIXED.get(family, {})
-    fields = {name: value for name, value in fields.items() if value is not None}
-    take = fields.pop  # what is left in the end was not used
-    n_heads, dim = take("num_attention_heads"), take("hidden_size")
-    window = take("sliding_window", 2**63)
-    config = Config(
-        dim=dim,
-        n_layers=take("num_hidden_layers"),
-        n_heads=n_heads,
-        n_kv_heads=take("num_key_value_heads", n_heads),
-        head_dim=take("head_dim", dim // n_heads),
-        hidden_dim=take("intermediate_size"),
-        vocab_size=take("vocab_size"),
-        norm_eps=float(take("rms_norm_eps")),
-        **take_rope(fields),
-        qkv_bias=take("qkv_bias", False),
-        # Vicuna's max_sequence_length includes its scaling. Within the sliding window attention is
-        # full attention; longer input is refused.
-        max_seq_len=min(take("max_sequence_length", take("max_position_embeddings")), window),
-        tied=take("tie_word_embeddings", False),
-        family=take("model_type"),
-    )
+    fields = {name: x for name, x in (FAMILIES[family] | fields).items() if x is not None}
+    n_heads = fields["num_attention_heads"]
+    silent = dict(num_key_value_heads=n_heads, head_dim=fields["hidden_size"] // n_heads)
+    fields = dict(rms_norm_eps=1e-6, tie_word_embeddings=False) | silent | fields
+    # Each field that is used is popped. Vicuna's max_sequence_length includes its scaling. Within
+    # Mistral's sliding window attention is full attention; longer input is refused.
+    longest = fields.pop("max_sequence_length", fields.pop("max_position_embeddings"))
+    if family == "mistral":
+        longest = min(longest, fields.pop("sliding_window", longest))
+    ours = {our: fields.pop(name) for our, name in CONFIG_NAMES.items()} | take_rope(fields)
+    config = Config(**ours, max_seq_len=longest, qkv_bias=family == "qwen2")
     plain = {"hidden_act": "silu", "layer_types": ["full_attention"] * config.n_layers}
     plain |= dict.fromkeys(SWITCHED_OFF, False)
     for name, value in fields.items():
-        if name not in INERT_FIELDS and (name, value) not in plain.items():
-            advice = "take a checkpoint without it, or delete it if it changes no computation"
-            raise ValueError(f"{name} = {value!r} is not implemented; {advice}")
+        if name not in INERT_FIELDS and plain.get(name) != value:
+            raise ValueError(f"{name} = {value!r} is not implemented; delete it if it does nothing")
     return config
 
 
 def take_rope(fields):
     """Pop the rotary fields of a config.json; return Config's two arguments for them."""
-    theta, scaling = fields.pop("rope_theta", 10000.0), ()
-    for field in ("rope_scaling", "rope_parameters"):  # of transformers 4, of transformers 5
-        rope = fields.pop(field, {})
-        theta = rope.get("rope_theta", theta)
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        numbers = ROPE_SCALING.get(kind, [])
-        if kind not in ROPE_SCALING or rope.keys() - {"rope_theta", "rope_type", "type", *numbers}:
-            raise ValueError(f"{field} = {rope} is not implemented")
-        scaling = tuple(float(rope[name]) for name in numbers) or scaling
+    rope = {"rope_theta": fields.pop("rope_theta", 10000.0)}  # where transformers 4 has it
+    rope = rope | fields.pop("rope_scaling", {}) | fields.pop("rope_parameters", {})  # 4 | 5
+    theta, kind = rope.pop("rope_theta"), rope.pop("rope_type", rope.pop("type", "default"))
+    if kind not in ROPE_SCALING or rope.keys() != set(ROPE_SCALING[kind]):
+        raise ValueError(f"rope_scaling, rope_parameters: {kind!r} with {rope} is not implemented")
+    scaling = tuple(float(rope[name]) for name in ROPE_SCALING[kind])
     return {"rope_theta": float(theta), "rope_scaling": scaling}
 
 
 def weight_files(path):
     """The files that hold the weights of the checkpoint in folder `path`."""
     for name in ("model.safetensors", "pytorch_model.bin"):
-        index = path / f"{name}.index.json"
         if (path / name).is_file():
             return [path / name]
+        index = path / f"{name}.index.json"
         if index.is_file():
             shards = read_json(index).get("weight_map")
             if not isinstance(shards, dict) or any(Path(str(x)).name != x for x in shards.values()):
-                raise ValueError(
-                    f"{index} lacks the field 'weight_map' with names of files beside it"
-                )
+                raise ValueError(f"{index} lacks the field 'weight_map': names of files beside it")
             return [path / shard for shard in sorted(set(shards.values()))]
     raise ValueError(f"{path} holds no model.safetensors, no pytorch_model.bin and no index of one")
+
+
+def is_plain(x):
+    """Is this a tensor whose numbers stand one by one in memory: not sparse, nested, on meta?"""
+    return torch.is_tensor(x) and x.layout == torch.strided and not (x.is_nested or x.is_meta)
 
 
 def open_weights(file):
@@ -479,14 +471,9 @@ def open_weights(file):
             return load_file(file)
         with warnings.catch_warnings(action="ignore"):
             weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        weights = {str(name): x for name, x in weights.items() if torch.is_tensor(x)}
-        for name, x in weights.items():
-            if x.is_nested or x.is_meta or x.is_quantized or x.layout != torch.strided:
-                raise ValueError(f"{name} is a nested, sparse, quantised or empty tensor")
-        return weights
+        return {str(name): x for name, x in weights.items() if is_plain(x)}
     except pickle.UnpicklingError:
-        advice = "it could run code and is not read; save its tensors as safetensors"
-        raise ValueError(f"{file} holds more than named tensors: {advice}") from None
+        raise ValueError(f"{file} could run code, so it is not read; take safetensors") from None
     except Exception as e:  # a damaged file can fail in any way
         raise ValueError(f"cannot read {file}: {e}".split("\n")[0]) from None
 
@@ -506,23 +493,20 @@ class Checkpoint:
 
     more: further devices, over which `read` lays the blocks that it reads at once, see `place`.
     model: the frozen Llama. What `read` has not brought yet is on torch's meta device and takes no
-    memory.
+    memory. Only training and `first_pass` may use several devices: a KVCache is on one.
     """
 
     def __init__(self, path, dtype=torch.float32, device="cpu", more=()):
         self.dtype, self.devices = dtype, [device, *more]
         config, tensors, self.files = read_config(path), {}, {}
         for file in weight_files(Path(path)):
-            tensors |= open_weights(file)
+            tensors = open_weights(file) | tensors  # of two of one name the first counts
             self.files |= dict.fromkeys(tensors.keys() - self.files.keys(), file)
-        if config.tied and "lm_head.weight" in tensors:  # then transformers 5 unties the two
-            config = replace(config, tied=False)
-        last = f"model.layers.{config.n_layers - 1}.input_layernorm.weight"
-        if last not in tensors:  # before a model of very many layers is made
-            raise ValueError(f"{path} lacks the tensor {last}; it has {sorted(tensors)[:3]}")
+        # As in transformers 5, a head that was saved all the same is not tied.
+        config = replace(config, tied=config.tied and "lm_head.weight" not in tensors)
         with torch.device("meta"):
             self.model = Llama(config).eval().requires_grad_(False)
-        shapes = {hf_name(our): w.shape for our, w in self.model.state_dict().items()}
+        shapes = {hf_name(our): tuple(w.shape) for our, w in self.model.state_dict().items()}
         for name in sorted(shapes.keys() ^ tensors.keys()):
             if not name.endswith("rotary_emb.inv_freq"):  # old files carry this table
                 fault = "lacks the tensor" if name in shapes else "has the unknown tensor"
@@ -530,23 +514,20 @@ class Checkpoint:
         for name, shape in shapes.items():
             x = tensors[name]
             if x.shape != shape or not x.is_floating_point():
-                found = f"{x.dtype} {tuple(x.shape)}, not floating-point {tuple(shape)}"
-                raise ValueError(f"{self.files[name]}: the tensor {name} is {found}")
+                raise ValueError(f"{path}: {name} is {x.dtype} {tuple(x.shape)}, not float {shape}")
 
     def read(self, start, stop):
         """Read what the model still lacks of blocks start .. stop - 1, -1 being the embedding, and
         of norm and head if stop is n_layers, into `dtype` on `device`."""
-        parts, config = [f"layers.{i}." for i in range(start, stop)], self.model.config
-        if start < 0 or (stop == config.n_layers and config.tied):
-            parts.append("tok_embeddings.")
-        if stop == config.n_layers:
-            parts += ["norm.", "output."]
+        parts = [f"layers.{i}." for i in range(start, stop)] + ["tok_embeddings."] * (start < 0)
+        if stop == self.model.config.n_layers:
+            parts += ["norm.", "tok_embeddings." if self.model.config.tied else "output."]
         lacking = [name for name, weight in self.model.state_dict().items() if weight.is_meta]
         names = {hf_name(our): our for our in lacking if our.startswith(tuple(parts))}
         weights = {}
         for file in {self.files[name] for name in names}:
             for name, x in open_weights(file).items():
-                if name in names:
+                if name in names and self.files[name] == file:
                     device = place(names[name], start, stop, self.devices)
                     weights[names[name]] = x = x.to(device, self.dtype)
                     if not torch.stack(x.aminmax()).isfinite().all():
@@ -595,24 +576,22 @@ def prefill(model, prompts, max_len, steer):
     """
     n_layers, longest, device = model.config.n_layers, max(map(len, prompts)), model.device
     first, cache = min(steer, default=n_layers - 1), KVCache(model, len(prompts), max_len)
-    last = [None] * len(prompts)
+    last = model.norm.weight.new_empty(len(prompts), model.config.dim)
     for prompt in dict.fromkeys(map(tuple, prompts)):
         rows = [i for i, other in enumerate(prompts) if tuple(other) == prompt]
         start, one = longest - len(prompt), KVCache(model, 1, len(prompt))
         positions = torch.arange(start, longest, device=device)
         h = model.embed(torch.tensor([prompt], device=device))
         h = model.blocks(h, 0, first + 1, positions, cache=one)
-        h = h.expand(len(rows), -1, -1)
         one.take([0] * len(rows))
-        if first in steer:
+        if steer:  # from here on it has its rows
             h = add_vector(h, steer[first][rows])
         above, one.length = {layer: v[rows] for layer, v in steer.items()}, 0
         h = model.blocks(h, first + 1, n_layers, positions, cache=one, steer=above)
         cache.kv[:, :, rows, :, start:longest] = one.kv
-        for row, each in zip(rows, h[:, -1], strict=True):
-            last[row] = each
+        last[rows] = h[:, -1]
     cache.length = longest
-    return cache, torch.stack(last)
+    return cache, last
 
 
 @torch.inference_mode()
