@@ -306,6 +306,10 @@ def test_wrong_choices(tmp_path, mini):
     wrong("a.csv", TRUTHFUL.replace("Not me.", ""), "a.csv:3: an answer is empty")
     wrong("a.csv", TRUTHFUL.replace(",Incorrect Answers", ",Other"), f"a.csv:2: {known}")
     wrong("a.txt", "Two?", "a.txt.* .csv")
+    templated = "a prompt holds a chat template already"
+    wrong("a.csv", "[INST] Blue?,1,2,3,4,A\n", f"a.csv row 1: {templated}")
+    asked = {**MC_TASK[0], "question": "<s>[INST] Lead? [/INST]"}
+    wrong("a.json", json.dumps([asked]), f"a.json record 1: {templated}")
     for record in ({}, 7, [], [7], {**MC_TASK[0], "question": 7}):
         wrong("a.json", json.dumps([record]), "a.json record 1: ")
     good = MC_TASK[0]["mc1_targets"]
@@ -611,7 +615,14 @@ def test_command_line(tmp_path, vector_file, vector, capsys):
     slope = slopes(ends, (-1, 1))[None]
     (row,) = tables[f"compared at -1 and +1, {name}"]
     row.pop("slope_minus_first")
-    assert_same(row, {"steering": str(vector_file), **evaluation.slope_row(slope, questions)})
+    assert_same(
+        row,
+        {
+            "steering": str(vector_file),
+            "slope": mean(slope[0], questions),
+            "anti_steerable": mean(slope[0] < 0, questions),
+        },
+    )
     letters = [x for pair in pairs for x in letter_pairs(chat, pair)]
     letters = pair_scores(model, 0, {1: vector}, bipo.first_pass(model, 0, letters), m)
     assert_same(
@@ -621,7 +632,7 @@ def test_command_line(tmp_path, vector_file, vector, capsys):
     assert_same(tables["free answers"], free_rows(found, m))
     assert_same(answered, found)
     for row in found:
-        assert row["prompt"] in out and evaluation.printable(row["answer"]) in out
+        assert row["prompt"] in out and evaluation.data.printable(row["answer"]) in out
     assert questions[2] not in out
     rows = tables.pop(f"compared at -1 and +1, {name}")
     assert len(rows) == 1
@@ -976,7 +987,7 @@ def test_no_control_characters_reach_the_terminal(monkeypatch, capsys):
     capsys.readouterr()
     assert evaluation.say(model, chat, QUESTION, {}, 3) == raw
     assert capsys.readouterr().out == shown + "\n"
-    assert evaluation.printable(raw + "é😀") == shown + "é😀"
+    assert evaluation.data.printable(raw + "é😀") == shown + "é😀"
     evaluation.print_table(raw, [{"steering": raw}])
     assert not set(capsys.readouterr().out) & {"\x1b", "\x9b"}
 
