@@ -32,11 +32,15 @@ reproduce: .venv/dev
 
 # See it on a real chat model, SmolLM2-135M; DATA=... is the folder data of a clone of CaoYuanpu/BiPO.
 real: .venv/dev
-	DATA="$(DATA)" $(PY) tests/real.py personas hallucination parity
+	DATA="$(DATA)" $(PY) tests/real.py --again personas hallucination parity
 
 # All experiments on that model; what is done is not done again, see tests/REAL.md.
 real-all: .venv/dev
 	DATA="$(DATA)" $(PY) tests/real.py
+
+# Do llama.cpp and vLLM, steered by the vector of `make real`, give our answers? Installs both.
+engines: .venv/dev
+	$(PY) tests/engines.py
 
 # When you changed tests/make_tiny.py: train the small model again, a quarter of an hour.
 tiny: .venv/run
@@ -55,4 +59,4 @@ clean:
 	$(PY) -m pip install -q -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test test-slow bench reproduce real real-all tiny clean
+.PHONY: demo test test-slow bench reproduce real real-all engines tiny clean

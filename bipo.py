@@ -21,16 +21,13 @@ holds:
     Here: per batch, from the run's seed, logged. Given C's draws and order we give C's numbers.
  5. precision. P: not mentioned. C: fp32, two models. Here: any, one model; v and loss in fp32.
 
-The method needs llama.py beside this file, the command line data.py too. MIT licence.
+The functions need llama.py beside this file, the command line needs data.py too. MIT licence.
 """
 
-import hashlib
-import itertools
 import json
 import math
 import os
 import random
-import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -83,7 +80,7 @@ def response_logps(model, layer, h, batch, steer=None):
 
 # ---- The first pass: what does not depend on v ---------------------------------------------------
 
-MAX_TOKENS = 1024  # that run at a time: it bounds the memory and, but for rounding, no result
+MAX_TOKENS = 1024  # that run at a time; it bounds the memory and changes results by rounding only
 
 
 def parts(ids):
@@ -150,7 +147,7 @@ class Recipe:
         for f in fields(self):
             value = getattr(self, f.name)
             if not 0 <= value < 1e6 or (value == 0 and not f.metadata["zero"]):
-                raise ValueError(f"{f.name} is {value}, which is not between 0 and 1000000")
+                raise ValueError(f"{f.name} is {value}: it must be positive and below 1000000")
 
 
 PRESETS = {"paper": Recipe(), "official": Recipe(weight_decay=0.0, schedule_epochs=100)}
@@ -228,7 +225,7 @@ class Step(NamedTuple):
     state: torch.Tensor  # (3, dim), v and AdamW's running means of its gradient and the square
 
 
-def train(model, layer, pairs, held_out, recipe=PRESETS["paper"], seed=0, batches=None, after=None):
+def train(model, layer, pairs, held_out, recipe=Recipe(), seed=0, batches=None, after=(), names=()):
     """Algorithm 1: learn v on CachedPairs. Yields a Step after each step; the last one has the v.
 
     pairs, held_out: None stands for a pair that another process of torch.distributed holds. The
@@ -236,7 +233,8 @@ def train(model, layer, pairs, held_out, recipe=PRESETS["paper"], seed=0, batche
     batches: [(row numbers, d)] to use instead of the seed's.
     after: (step, state) of the Step to go on after. What follows is bitwise what it would have been
         without the interruption.
-    Raises ValueError, with the rows of the batch, if the loss or its gradient is not finite.
+    names: of the pairs, for the error; by default their row numbers.
+    Raises ValueError, with the batch's pairs, if the loss or its gradient is not finite.
     """
     done, state = after or (0, torch.zeros(3, model.config.dim))
     v, mean, square = state.to(model.device, copy=True)
@@ -246,7 +244,7 @@ def train(model, layer, pairs, held_out, recipe=PRESETS["paper"], seed=0, batche
     per_epoch = math.ceil(len(pairs) / recipe.batch_size)
     horizon = per_epoch * (recipe.schedule_epochs or recipe.epochs)
     batches = draw_batches(len(pairs), recipe, seed) if batches is None else batches
-    for step, (rows, d) in itertools.islice(enumerate(batches, 1), done, None):
+    for step, (rows, d) in list(enumerate(batches, 1))[done:]:
         own, logps = [pairs[i] for i in rows if pairs[i]], [v.new_zeros(0, 2)]
         v.grad, sums = torch.zeros_like(v), v.new_zeros(2)
         for part_logps, losses, margin in outcomes(model, layer, v, d, own, recipe.beta):
@@ -257,8 +255,8 @@ def train(model, layer, pairs, held_out, recipe=PRESETS["paper"], seed=0, batche
         v.grad, (loss, margin) = sums[:-2], sums[-2:].tolist()
         norm = torch.nn.utils.clip_grad_norm_(v, recipe.clip_norm).item()
         if not math.isfinite(loss + norm):
-            numbers = f"step {step}, pairs {rows}: loss {loss}, gradient {norm}"
-            raise ValueError(f"{numbers}; try another dtype or lr")
+            where = f"step {step}, pairs {[names[i] for i in rows] if names else rows}"
+            raise ValueError(f"{where}: loss {loss}, gradient {norm}; try another dtype or lr")
         adam.param_groups[0]["lr"] = lr = lr_at(step - 1, recipe.lr, recipe.warmup_steps, horizon)
         adam.step()
         last = step % per_epoch == 0
@@ -270,7 +268,8 @@ def train(model, layer, pairs, held_out, recipe=PRESETS["paper"], seed=0, batche
 
 # ---- Command line --------------------------------------------------------------------------------
 
-SAVE_EVERY = 20  # steps: how often what --resume goes on from is written, beside each epoch's end
+SAVE_EVERY = 20  # steps between two saves of what --resume reads; an epoch's end saves it too
+PROGRESS = "loss {loss:.4f}  lr {lr:.1e}  |v| {v_norm:.3f}"
 HELD_OUT = "d {:+d}: loss {loss:.4f}, margin {margin:+6.2f} nats, accuracy {accuracy:4.0%}"
 
 
@@ -288,101 +287,62 @@ def run(args):
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
 
     # 2. everything that can be wrong, before any long work
-    began, layer = time.time(), args.layer
     flags = {f.name: x for f in fields(Recipe) if (x := getattr(args, f.name)) is not None}
-    recipe = replace(PRESETS[args.preset], **flags)
-    args.device, *rest = (args.device or "").split(",")
+    recipe, layer = replace(PRESETS[args.preset], **flags), args.layer
+    args.device, *more = (args.device or "").split(",")
     path, base_model, config, chat, device, dtype = data.open_model(args)
     check_fit(config, [layer], 0)
-    pairs, held_out = data.read_sets(args)
-    data.note_shortcuts(pairs)
-    pairs, ids = data.encode_pairs(chat, pairs, config.max_seq_len, args.skip_bad)
-    held_out, held_out_ids = data.encode_pairs(chat, held_out, config.max_seq_len, args.skip_bad)
-    ids += held_out_ids
-    origin = f"of {args.val}" if args.val else "split off by prompt"
-    shared = {str(pair.prompt) for pair in pairs} & {str(pair.prompt) for pair in held_out}
-    if shared:
-        print(f"note: {len(shared)} held-out prompts are trained on, for example {min(shared)!r}")
-    what = f"{len(pairs)} pairs of {args.data}, held out {len(held_out)} {origin}"
-    what += f", ids {hashlib.sha256(str(ids).encode()).hexdigest()[:12]}"
-    checkpoint = Checkpoint(path, dtype, device, [data.pick_device(x, args.dtype)[0] for x in rest])
+    ids, names, what = data.read_sets(args, chat, config.max_seq_len)
+    checkpoint = Checkpoint(path, dtype, device, [data.pick_device(x, args.dtype)[0] for x in more])
     stem = Path(args.data.name.removesuffix(".gz")).stem
     out = args.out or Path("runs", f"{stem}-layer{layer}-{args.method}".removesuffix("-bipo"))
-    for name in ("vector.safetensors", "state.safetensors", "log.jsonl"):
-        data.check_output(out / name)
-    if (out / "vector.safetensors").exists() and not (args.overwrite or args.resume):
-        raise ValueError(f"--out {out} holds a run: name another folder, --resume or --overwrite")
-    settings = {"base_model": base_model, "model_type": config.family}
-    settings |= {"n_layers": str(config.n_layers), "layer": str(layer)}
-    settings |= {"template": chat.template, "system": chat.system, "tokenizer": chat.tokenizer.name}
-    settings |= {"method": args.method, "preset": args.preset, "recipe": json.dumps(asdict(recipe))}
-    settings |= {"seed": str(args.seed), "data": what, "device": str(device)}
-    settings |= {"dtype": str(dtype).removeprefix("torch.")}
+    settings = {"base_model": base_model, "model_type": config.family, "layer": str(layer)}
+    settings |= {"n_layers": str(config.n_layers), "template": chat.template, "system": chat.system}
+    settings |= {"tokenizer": chat.tokenizer.name, "method": args.method, "preset": args.preset}
+    settings |= {"recipe": json.dumps(asdict(recipe)), "seed": str(args.seed), "data": what}
+    settings |= {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
     for name, value in settings.items():
         print(f"{name:10}  {value}".rstrip())
-    n_steps = recipe.epochs * math.ceil(len(pairs) / recipe.batch_size)
+    n_steps = recipe.epochs * math.ceil(len(names) / recipe.batch_size)
     if recipe.warmup_steps >= n_steps:
         print(f"note: all {n_steps} steps are warm-up; lower --warmup-steps below that")
-
-    after, state = (0, torch.zeros(3, config.dim)), out / "state.safetensors"
-    if args.resume and state.exists():
-        found, old = data.load_vector(state)
-        for name, value in settings.items():
-            was = old.get(name)
-            data.require(was == value, f"{out} holds a run with {name} {was}, not {value}")
-        after = int(old["step"]), torch.stack([*found.values()])
-        print(f"going on after step {after[0]}")
+    after, rows = data.open_run(out, settings, config.dim, args.resume, args.overwrite)
 
     # 3. what does not depend on v; the blocks up to the layer come one at a time, the others stay
     checkpoint.read(layer + 1, config.n_layers)
     model, progress, cached = checkpoint.model, data.Progress("first pass"), [None] * len(ids)
     cached[rank::n] = first_pass(model, layer, ids[rank::n], checkpoint.hold, progress)
-    pairs, held_out = cached[: len(pairs)], cached[len(pairs) :]
 
     # 4. the vector; under --overwrite the old one stays until it is replaced
+    pairs, held_out = cached[: len(names)], cached[len(names) :]
     batches = draw_batches(len(pairs), recipe, args.seed, DIRECTIONS[args.method])
-    steps = train(model, layer, pairs, held_out, recipe, 0, batches, after)
+    steps = train(model, layer, pairs, held_out, recipe, args.seed, batches, after, names)
     if rank > 0:
         return sum(1 for _ in steps)
 
-    def save():
-        """Write what --resume goes on from."""
-        metadata = settings | {"step": str(after[0])}
-        data.save_vector(state, dict(enumerate(after[1])), metadata)
-
-    log_file, rows = out / "log.jsonl", [json.dumps(settings)]
-    if after[0]:
-        rows += log_file.read_text(encoding="utf-8").splitlines()[1 : 1 + after[0]]
-    else:
-        save()
-        for file in out.glob("epoch_*.safetensors"):
-            file.unlink()
-    with data.whole_file(log_file) as part:
-        part.write_text("\n".join([*rows, ""]), encoding="utf-8")
-    progress = data.Progress("step")
+    data.start_run(out, after, rows)
+    progress = data.Progress("step", start=after[0])
     try:
         for step in steps:
             row = {k: x for k, x in step._asdict().items() if not isinstance(x, torch.Tensor)}
             row["v_norm"] = step.v.norm().item()
-            with open(log_file, "a", encoding="utf-8") as log:
+            with open(out / data.LOG, "a", encoding="utf-8") as log:
                 print(json.dumps(row), file=log)
-            after = step.step, step.state
-            line = "loss {loss:.4f}  lr {lr:.1e}  |v| {v_norm:.3f}".format(**row)
-            progress(step.step, n_steps, line)
+            progress(step.step, n_steps, PROGRESS.format(**row))
             if step.held_out:
                 both = [HELD_OUT.format(d, **x) for d, x in step.held_out.items()]
                 print(f"epoch {step.epoch:2}  held out", *both, sep="  ", flush=True)
                 settings["epoch"] = str(step.epoch)
                 for name in (f"epoch_{step.epoch:02}", "vector"):
                     data.save_vector(out / f"{name}.safetensors", {layer: step.v}, settings)
+            after = step.step, step.state  # only now: a step that is interrupted is done again
             if step.held_out or step.step % SAVE_EVERY == 0:
-                save()
+                data.save_run(out, settings, after)
     except (KeyboardInterrupt, SystemExit) as e:
-        save()
+        data.save_run(out, settings, after)
         e.add_note(f"the same command with --resume --out {out} goes on after step {after[0]}")
         raise
-    minutes = (time.time() - began) / 60
-    print(f"saved vector.safetensors, a file an epoch and log.jsonl in {out}, {minutes:.1f} min")
+    print(f"saved vector.safetensors, a file an epoch and log.jsonl in {out}")
 
 
 def main(argv=None):

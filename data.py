@@ -29,7 +29,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import closing, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,21 +105,19 @@ def read_pairs(path, skip_bad=False):
     not used. A prompt may be empty: some in the official files are. Raises ValueError with file and
     line for records that hold no pair, unless skip_bad: then they are dropped, counted by reason.
     """
-    sources, fault, dropped, unused = {}, "", Counter(), {}
+    sources, faults, dropped, unused = {}, [], Counter(), {}
     for place, record in open_records(Path(path)):
         try:
             found, others = to_pairs(record)
+            unused |= dict.fromkeys(others)
+            for pair in found:
+                dropped["duplicate"] += pair in sources
+                sources.setdefault(pair, f"{path}{place}")
         except ValueError as e:
-            fault = fault or f"{path}{place}: {e}"
+            faults.append(f"{path}{place}: {e}")
             dropped[str(e).partition(":")[0]] += 1
-            continue
-        unused |= dict.fromkeys(others)
-        for pair in found:
-            dropped["duplicate"] += pair in sources
-            sources.setdefault(pair, f"{path}{place}")
-    if fault and not skip_bad:
-        bad = dropped.total() - dropped["duplicate"]
-        raise ValueError(f"{fault} ({bad} such records; --skip-bad drops them)")
+    if faults and not skip_bad:
+        raise ValueError(f"{faults[0]} ({len(faults)} such records; --skip-bad drops them)")
     pairs = [Pair(*pair, source) for pair, source in sources.items() if pair[1] != pair[2]]
     dropped["identical answers"] = len(sources) - len(pairs)
     ends = [re.search(ENDING, x.rstrip()[-30:]) for pair in pairs for x in pair[1:3]]
@@ -161,20 +159,18 @@ def split_pairs(pairs, seed):
 def note_shortcuts(pairs):
     """Print a note if something cheap tells chosen from rejected in more than 90% of the pairs: the
     first word, the last word, or which of the two is longer."""
-    sides, notes = [[pair[i] for pair in pairs] for i in (1, 2)], []
-    limit = max(10, 0.9 * len(pairs))  # of a handful of pairs it says nothing
+    notes, n, limit = [], len(pairs), max(10, 0.9 * len(pairs))  # of a handful it says nothing
     for place, verb in ((0, "begins"), (-1, "ends")):
-        words = [[(re.findall(r"\w+", text) or [text])[place] for text in side] for side in sides]
-        (yes, n_yes), (no, n_no) = (Counter(side).most_common(1)[0] for side in words)
-        by_yes = sum(x == yes != y for x, y in zip(*words, strict=True))
-        by_no = sum(y == no != x for x, y in zip(*words, strict=True))
+        words = [[(re.findall(r"\w+", x) or [x])[place] for x in pair[1:3]] for pair in pairs]
+        (yes, n_yes), (no, n_no) = (Counter(x).most_common(1)[0] for x in zip(*words, strict=True))
+        by_yes, by_no = sum(x == yes != y for x, y in words), sum(y == no != x for x, y in words)
         if max(by_yes, by_no) > limit:
-            begins = f"{yes!r:.40} {verb} {n_yes} of {len(pairs)} chosen answers"
-            notes.append(f"{begins}, {no!r:.40} {n_no} of {len(pairs)} rejected ones")
+            begins = f"{yes!r:.40} {verb} {n_yes} of {n} chosen answers"
+            notes.append(f"{begins}, {no!r:.40} {n_no} of {n} rejected ones")
     for sign, order in ((1, "longer"), (-1, "shorter")):
-        n = sum(sign * len(x) > sign * len(y) for x, y in zip(*sides, strict=True))
-        if n > limit:
-            notes.append(f"chosen is {order} than rejected in {n} of {len(pairs)} pairs")
+        count = sum(sign * (len(pair.chosen) - len(pair.rejected)) > 0 for pair in pairs)
+        if count > limit:
+            notes.append(f"chosen is {order} than rejected in {count} of {n} pairs")
     if notes:
         print(f"note: {'; '.join(notes)}; the vector may learn just that")
 
@@ -198,13 +194,12 @@ def open_records(path):
     try:
         if kind == ".csv":
             rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-            header, wanted = text.partition("\n")[0], "the separator must be a comma, without sep=,"
-            require(not re.match("sep=", header), wanted)
-            require("," in header or not re.search("[;\t]", header), wanted)
+            other = re.match(r"sep=|[^,;\t\r\n]*[;\t]", text)  # ; or a tab is the first separator
+            require(not other, "the separator must be a comma, without sep=,")
             for row in rows:
                 place = f":{rows.line_num}"  # on which the row ends
-                if [*row] != rows.fieldnames or None in row.values():
-                    raise ValueError("not a field for each column, or two columns have one name")
+                fits = [*row] == rows.fieldnames and None not in row.values()
+                require(fits, "not a field for each column, or two columns have one name")
                 if any(row.values()):  # spreadsheets leave empty rows
                     yield place, row
         else:  # a list of records, or a line for each
@@ -280,16 +275,14 @@ def spelled_out(question, *sides):
     """The pairs of an eval's question and two lists of answers: "(A)" becomes the text of option
     (A), and the question loses its options, as in the paper's data."""
     stem, *options = re.split(r"(?m)^[ \t]*(\([A-Z]\))(.*)", question.removeprefix("Question:"))
-    named = {x: text.strip() for x, text in zip(options[::3], options[1::3], strict=True)}
-    if 3 * len(named) < len(options) or "".join(options[2::3]).strip() not in ("", "Answer:"):
-        raise ValueError("the options are not one line each, with a letter of its own")
-    if named:
-        lines = stem.split("\n")
-        *before, last = [i for i, line in enumerate(lines) if any(map(str.isalnum, line))] or [0]
+    option = {x: text.strip() for x, text in zip(options[::3], options[1::3], strict=True)}
+    plain = 3 * len(option) == len(options) and "".join(options[2::3]).strip() in ("", "Answer:")
+    require(plain, "the options are not one line each, with a letter of its own")
+    if option:
+        before, _, last = stem.rstrip().rpartition("\n")
         heading = r"(?i)[\W_]*+(\w+ )?(choice|option|answer|response)s?[\W_]*"
-        if before and re.fullmatch(heading, lines[last]):
-            stem = "\n".join(lines[: before[-1] + 1])
-        sides = [[named.get(answer.strip(), "") for answer in side] for side in sides]
+        stem = before if before and re.fullmatch(heading, last) else stem
+        sides = [[option.get(answer.strip(), "") for answer in side] for side in sides]
     return each_pair(stem.strip(), *sides)
 
 
@@ -301,8 +294,8 @@ def each_pair(prompt, right, wrong):
 def without_prompt(chosen, rejected, others):
     """The pair whose prompt is what both texts begin with. Raises ValueError if it could be in one
     of the other columns."""
-    text = r"\S\s+\S|[\[?]|[^\x00-\x7f]"  # several words, a list, a question, or Chinese
-    unclear = [name for name, value in others.items() if re.search(text, str(value))]
+    word = r"(?a)[\w.:/+-]*"  # or a number, a date, a path: no prompt
+    unclear = [name for name, value in others.items() if not re.fullmatch(word, str(value))]
     require(unclear in ([], ["system"]), f"no column is named prompt: rename or remove {unclear}")
     shared = re.match(r"(.*\s)?", os.path.commonprefix([chosen, rejected]), re.DOTALL)[0]
     require(shared.split()[1:], "no column for the prompt, and the answers begin differently")
@@ -328,8 +321,8 @@ def turns(value, role):
 def asked(context):
     """Turns as Pair.prompt has them. Raises ValueError if their order is another."""
     roles = " ".join(role for role, _ in context)
-    if not re.fullmatch("(system )?(user assistant )*user", roles):
-        raise ValueError(f"turns are user, assistant, ..., user, maybe after system, not {roles!r}")
+    fits = re.fullmatch("(system )?(user assistant )*user", roles)
+    require(fits, f"turns are user, assistant, ..., user, maybe after system, not {roles!r}")
     return context[0][1] if roles == "user" else tuple(context)
 
 
@@ -343,8 +336,8 @@ def checked(prompt, chosen, rejected, system=None):
     it; a system prompt becomes a turn. Raises ValueError for what cannot be meant."""
     chosen, rejected = turns(chosen, "assistant"), turns(rejected, "assistant")
     context, answers = chosen[:-1], chosen[-1:] + rejected[-1:]
-    if context != rejected[:-1] or [role for role, _ in answers] != ["assistant"] * 2:
-        raise ValueError("chosen and rejected must differ in one last message, the assistant's")
+    fits = context == rejected[:-1] and [role for role, _ in answers] == ["assistant"] * 2
+    require(fits, "chosen and rejected must differ in one last message, the assistant's")
     before = turns(prompt, "user")
     if before[-1:] == [("assistant", "")]:  # the transcript of a prompt ends with "Assistant:"
         before, answers = before[:-1], [(role, text.strip()) for role, text in answers]
@@ -382,24 +375,21 @@ class Tokenizer:
         files = [Path(path, name) for name in ("tokenizer_config.json", "added_tokens.json")]
         self.config, self.controls = (read_json(x) if x.is_file() else {} for x in files)
         self.variables = {"tools": None, "documents": None}
-        wrong = f"{files[0]} or {files[1].name} is malformed"
-        with named(wrong, (AttributeError, LookupError, TypeError, ValueError)):
+        with named(f"{files[0]} or {files[1].name} is malformed", Exception):
             for i, token in self.config.get("added_tokens_decoder", {}).items():
-                self.controls[token["content"]] = int(i)
+                self.controls[token["content"] + ""] = int(i)  # a TypeError if it is no text
             for key, token in self.config.items():
                 if key.endswith("_token") and token and not isinstance(token, bool):
                     text = token["content"] if isinstance(token, dict) else token
-                    self.variables[key] = text + ""  # raises TypeError if it is no text
-            plain = all(isinstance(x, str) and type(i) is int for x, i in self.controls.items())
-            require(plain and min(self.controls.values(), default=0) >= 0, "a token has no id")
+                    self.variables[key] = text + ""
+            plain = all(type(i) is int and i >= 0 for i in self.controls.values())
+            require(plain and "" not in self.controls, "a token has no text or no id")
         file, model = Path(path, "tokenizer.model"), sentencepiece.SentencePieceProcessor()
         try:
             model.LoadFromSerializedProto(regular(file).read_bytes())
             self.open_sentencepiece(model)
         except (ValueError, OSError, RuntimeError, IndexError) as e:  # IndexError: without BOS
-            why = (
-                e if isinstance(e, ValueError) else "it is not sentencepiece's, perhaps tiktoken's"
-            )
+            why = e if isinstance(e, ValueError) else "not sentencepiece's, perhaps tiktoken's"
             advice = f"cannot read {file}: {why}; copy the files tokenizer* of the base model there"
             file = Path(path, "tokenizer.json")
             require(file.exists(), advice)
@@ -437,43 +427,35 @@ class Tokenizer:
 # ---- Chat ----------------------------------------------------------------------------------------
 
 SYSTEM = "You are a helpful, honest and concise assistant."  # the official recipe's
-VICUNA = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
-    "helpful, detailed, and polite answers to the user's questions."
-)
+VICUNA = "A chat between a curious user and an artificial intelligence assistant. "
+VICUNA += "The assistant gives helpful, detailed, and polite answers to the user's questions."
 
 
-def recipe(system, user, answer, between):
+def recipe(system, user, answer="' ' + text", between="eos_token"):
     """A chat template from jinja2's expressions for a system prompt s, for the text of a user after
     `system`, for the text of an answer, and for what stands between an answer and the next turn."""
-    return (
-        "{% set s = messages[0].content if messages[0].role == 'system' else '' %}{{ bos_token }}"
-        "{% for m in messages if m.role != 'system' %}{% set text = m.content %}"
-        "{% set system = " + system + " if s and loop.first else '' %}{% if m.role == 'user' %}"
-        "{{ " + user + " }}{% else %}{{ " + answer + " }}"
-        "{{ eos_token if loop.last else " + between + " }}{% endif %}{% endfor %}"
-    )
+    text = "{% set s = messages[0].content if messages[0].role == 'system' else '' %}"
+    text += "{{ bos_token }}{% for m in messages if m.role != 'system' %}{% set text = m.content %}"
+    text += "{% set system = " + system + " if s and loop.first else '' %}"
+    text += "{% if m.role == 'user' %}{{ " + user + " }}{% else %}{{ " + answer + " }}"
+    return text + "{{ eos_token if loop.last else " + between + " }}{% endif %}{% endfor %}"
 
 
 # llama-2 and mistral are the official recipe's, as FastChat renders them, e.g. for llama-2:
 #   <s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nWill you lead? [/INST] Yes, gladly.</s>
 SYS, INST = r"'<<SYS>>\n' + s + '\n<</SYS>>\n\n'", "'[INST] ' + system + text + ' [/INST]'"
-USER = "system + 'USER: ' + text + ' ASSISTANT:'"
 RECIPES = {  # name: (system prompt by default, template)
-    "llama-2": (SYSTEM, recipe(SYS, INST, "' ' + text", "' ' + eos_token + bos_token")),
-    "mistral": (SYSTEM, recipe(r"s + '\n'", INST, "' ' + text", "eos_token")),
-    "vicuna": (VICUNA, recipe("s + ' '", USER, "' ' + text", "eos_token")),
+    "llama-2": (SYSTEM, recipe(SYS, INST, between="' ' + eos_token + bos_token")),
+    "mistral": (SYSTEM, recipe(r"s + '\n'", INST)),
+    "vicuna": (VICUNA, recipe("s + ' '", "system + 'USER: ' + text + ' ASSISTANT:'")),
     "plain": ("", recipe(r"s + '\n\n'", "system + text", "text", r"'\n\n'")),
 }
 TEMPLATE_HELP = f"own (the checkpoint's), {', '.join(RECIPES)} or a .jinja file"
-OLDER = ("own", "chatml", "zephyr", "llama-3", "mistral-v3")  # in the metadata of older vectors
-# A checkpoint whose own template renders PROBE, or PROBE without its system prompt, as one of these
-# is Llama-2-chat, or Mistral-7B-Instruct v0.1 or v0.2, whose blanks have changed.
+# A checkpoint whose own template renders PROBE as LLAMA_2 is Llama-2-chat, and one that renders it
+# without its system prompt as MISTRAL is Mistral-7B-Instruct v0.1 or v0.2, whose blanks differ.
 PROBE = (("system", "S"), ("user", "A"), ("assistant", "B"), ("user", "C"))
-PROBED = {
-    "llama-2": r"<s>\[INST\] <<SYS>>\nS\n<</SYS>>\n\nA \[/INST\] B </s><s>\[INST\] C \[/INST\]",
-    "mistral": r"<s> ?\[INST\] A \[/INST\] ?B</s> ?\[INST\] C \[/INST\]",
-}
+LLAMA_2 = r"<s>\[INST\] <<SYS>>\nS\n<</SYS>>\n\nA \[/INST\] B </s><s>\[INST\] C \[/INST\]"
+MISTRAL = r"<s> ?\[INST\] A \[/INST\] ?B</s> ?\[INST\] C \[/INST\]"
 
 
 @functools.cache
@@ -509,8 +491,9 @@ class Chat(NamedTuple):
         with named("the chat template fails", Exception):  # a template is a program
             return compile_template(self.source or RECIPES[self.template][1]).render(given)
 
-    def split(self, prompt, answer=None):
-        """[text, control token, text, control token, ..., text] of a prompt, and of its answer.
+    def split(self, prompt, *answer):
+        """[text, control token, text, control token, ..., text] of a prompt, and of its answer if
+        one is given.
 
         The template is rendered with marks instead of the texts, so that only what it writes itself
         can be a control token. A mark stands for a text without its outer blanks, which a template
@@ -520,15 +503,13 @@ class Chat(NamedTuple):
         asked(turns)
         if turns[0][0] != "system" and self.system is not None:
             turns.insert(0, ("system", self.system))
-        if answer is not None:
-            turns.append(("assistant", answer))
+        turns += [("assistant", text) for text in answer]
         marked, texts = [], [content.strip() for _, content in turns]
         for i, (role, content) in enumerate(turns):
             mark = f"\ue000{i}\ue001"  # of the private-use area
             marked.append((role, content.replace(texts[i], mark, 1) if texts[i] else content))
-        tokens = sorted(filter(None, self.tokenizer.controls), key=len, reverse=True)
-        tokens = "|".join(map(re.escape, tokens)) or "(?!)"  # the latter is found nowhere
-        parts = re.split(f"({tokens})", self.fill(marked))
+        tokens = [re.escape(x) for x in sorted(self.tokenizer.controls, key=len, reverse=True)]
+        parts = re.split(f"({'|'.join(tokens) or '(?!)'})", self.fill(marked))  # (?!) is nowhere
         parts = [re.sub("\ue000(\\d+)\ue001", lambda x: texts[int(x[1])], part) for part in parts]
         require("".join(parts) == self.fill(turns), "the chat template looks into the texts")
         return parts
@@ -547,11 +528,10 @@ class Chat(NamedTuple):
     def encode(self, parts):
         """`split`'s texts and control tokens -> ids."""
         ids, controls = [], [self.tokenizer.controls[token] for token in parts[1::2]]
-        not_text = set(controls)
         for text, control in zip(parts[::2], [*controls, None], strict=True):
             # The official trainer put BOS before the ids of a text of its own.
             new = self.tokenizer.encode(text, not ids or self.template in RECIPES)
-            require(not_text.isdisjoint(new), f"a text holds a control token: {text!r:.60}")
+            require(not {*new} & {*controls}, f"a text holds a control token: {text!r:.60}")
             ids += [*new, control]
         return ids[:-1]
 
@@ -586,27 +566,17 @@ class Chat(NamedTuple):
         return PairIds(prompt, chosen, rejected)
 
 
-def own_template(path, config):
-    """The jinja2 text of a checkpoint's chat template, "" if it has none."""
-    file, found = Path(path, "chat_template.jinja"), config.get("chat_template") or ""
-    if isinstance(found, list):  # several, each with its name
-        with named(f"{path} has a malformed chat_template", (LookupError, TypeError)):
-            found = {each["name"]: each["template"] for each in found}.get("default", "")
-    require(isinstance(found, str), f"{path} has a chat_template that is no text")
-    return read_text(file) if file.is_file() else found
-
-
 def choose_template(path, family, chat):
     """The name of the template for a checkpoint if the user gives none."""
-    for name, turns in (("llama-2", PROBE), ("mistral", PROBE[1:])):
+    for name, turns, text in (("llama-2", PROBE, LLAMA_2), ("mistral", PROBE[1:], MISTRAL)):
         with suppress(ValueError):  # Mistral refuses a system prompt
-            if re.fullmatch(PROBED[name], chat.fill(turns)):
+            if re.fullmatch(text, chat.fill(turns)):
                 return name
     if chat.source:
         return "own"
     usual = [re.fullmatch(r"<s>|</s>|<unk>|\W*pad\W*", x, re.I) for x in chat.tokenizer.controls]
-    if family != "llama" or chat.tokenizer.byte_level or not all(usual):
-        raise ValueError(f"{path} has no chat template; --template takes {TEMPLATE_HELP}")
+    plain = family == "llama" and all(usual) and not chat.tokenizer.byte_level
+    require(plain, f"{path} has no chat template; --template takes {TEMPLATE_HELP}")
     name = "vicuna" if "vicuna" in str(path).lower() else "llama-2"
     print(f"note: {path} has no chat template, so {name} is taken; --template names another")
     return name
@@ -622,17 +592,18 @@ def open_chat(path, config, template=None, system=None):
     that is impossible with the tokenizer, and for a tokenizer that does not fit the model.
     """
     tokenizer = Tokenizer(path)
-    source = own_template(path, tokenizer.config)
+    file, source = Path(path, "chat_template.jinja"), tokenizer.config.get("chat_template") or ""
+    with named(f"{path} has a malformed chat_template", (LookupError, TypeError)):
+        if isinstance(source, list):  # several, each with its name
+            source = {each["name"]: each["template"] for each in source}.get("default", "")
+        source = read_text(file) if file.is_file() else source + ""  # a TypeError if it is no text
     name = template or choose_template(path, config.family, Chat(tokenizer, "own", None, source))
     if name.endswith(".jinja"):
         name, source = "own", read_text(Path(name))
     default, source = RECIPES.get(name, (None, source))
     if name not in RECIPES:
-        require(source and name.split(" ")[0] in OLDER, f"no template {name!r} but {TEMPLATE_HELP}")
-        own = f"own {hashlib.sha256(source.encode()).hexdigest()[:12]}"
-        if name not in ("own", own):
-            print(f"note: instead of template {name} it is this checkpoint's {own}")
-        name = own
+        require(source and re.match("own( |$)", name), f"no template {name!r} but {TEMPLATE_HELP}")
+        name = f"own {hashlib.sha256(source.encode()).hexdigest()[:12]}"
     chat = Chat(tokenizer, name, default if system is None else system, source)
     size = 1 + max(tokenizer.size - 1, chat.eos_id, *chat.encode_prompt(PROBE[1:]))
     require(size <= config.vocab_size, f"{size} tokens in {tokenizer.name}, more than in the model")
@@ -640,8 +611,6 @@ def open_chat(path, config, template=None, system=None):
 
 
 # ---- Vector files --------------------------------------------------------------------------------
-
-HINT = "controlvector.model_hint"  # llama.cpp's name for our metadata's model_type
 
 
 def read_tensors(path, layer):
@@ -651,7 +620,6 @@ def read_tensors(path, layer):
         keys = {name: str(field.contents()) for name, field in reader.fields.items()}
         is_vector = keys.get("general.architecture") == "controlvector"
         require(is_vector, "it is GGUF, but its general.architecture is not controlvector")
-        keys = {key.replace(HINT, "bipo.model_type"): text for key, text in keys.items()}
         tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
         return tensors, {key[5:]: text for key, text in keys.items() if key.startswith("bipo.")}
     if path.suffix == ".pt":  # the official code's and CAA's: a tensor, others': {layer: tensor}
@@ -697,10 +665,9 @@ def save_vector(path, vectors, metadata):
     vector, whose layer the file's name must say, and no metadata."""
     path, suffixes = Path(path), (".safetensors", ".pt", ".gguf")
     require(path.suffix in suffixes, f"{path}: a vector file's name ends in {', '.join(suffixes)}")
-    tensors = {}
-    for layer, v in sorted(vectors.items()):
-        tensors[f"direction.{layer}"] = v = v.detach().float().cpu().clone()
-        require(v.norm().isfinite(), f"{path} is not written, for it would hold NaN or infinity")
+    tensors = {f"direction.{i}": vectors[i].detach().float().cpu().clone() for i in sorted(vectors)}
+    finite = all(v.norm().isfinite() for v in tensors.values())
+    require(finite, f"{path} is not written, for it would hold NaN or infinity")
     metadata = {key: text for key, text in sorted(metadata.items()) if text is not None}
     with whole_file(path) as part:
         if path.suffix == ".safetensors":
@@ -708,7 +675,7 @@ def save_vector(path, vectors, metadata):
         elif path.suffix == ".pt":
             wanted = f"{path} must hold one vector and name its layer, as vec_ep20_layer15.pt"
             require(list(vectors) == [layer_in_name(path)], wanted)
-            torch.save(v, part)
+            torch.save(*tensors.values(), part)
         else:
             require(0 not in vectors, "llama.cpp steers no layer 0; its vectors begin at layer 1")
             write_gguf(part, tensors, metadata)
@@ -718,8 +685,9 @@ def write_gguf(path, tensors, metadata):
     """A control vector of llama.cpp, which adds it where we do and ignores our metadata."""
     writer = optional("gguf").GGUFWriter(path, "controlvector")
     writer.add_uint32("controlvector.layer_count", len(tensors))
+    writer.add_string("controlvector.model_hint", metadata.get("model_type", "unknown"))
     for key, text in metadata.items():
-        writer.add_string(HINT if key == "model_type" else f"bipo.{key}", text)
+        writer.add_string(f"bipo.{key}", text)
     for name, v in tensors.items():
         writer.add_tensor(name, v.numpy())
     writer.write_header_to_file()
@@ -728,12 +696,53 @@ def write_gguf(path, tensors, metadata):
     writer.close()
 
 
+# ---- The folder of a run -------------------------------------------------------------------------
+
+VECTOR, STATE, LOG = "vector.safetensors", "state.safetensors", "log.jsonl"
+
+
+def open_run(out, settings, dim, resume, overwrite):
+    """(after, rows): what `bipo.train` goes on after, (steps done, state (3, dim)), and the log's
+    rows so far: of the run in folder `out` if it is resumed, else of a new run. Raises ValueError
+    if `out` holds a run that is neither resumed nor replaced, or one with other settings."""
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, which alone writes
+        for name in (VECTOR, STATE, LOG):
+            check_output(out / name)
+        free = resume or overwrite or not ((out / VECTOR).exists() or (out / STATE).exists())
+        require(free, f"--out {out} holds a run: name another folder, --resume or --overwrite")
+    if not (resume and (out / STATE).exists()):
+        return (0, torch.zeros(3, dim)), [json.dumps(settings)]
+    found, old = load_vector(out / STATE)
+    for name, value in settings.items():
+        was = old.get(name)
+        other = f"{out} holds a run with {name} {was}, not {value}"
+        require(was == value, f"{other}; --overwrite without --resume replaces it")
+    steps, rows = int(old["step"]), (out / LOG).read_text(encoding="utf-8").splitlines()
+    require(len(rows) > steps, f"{out / LOG} ends before step {steps} of {STATE}")
+    print(f"going on after step {steps}")
+    return (steps, torch.stack([*found.values()])), rows[: 1 + steps]
+
+
+def start_run(out, after, rows):
+    """Write the log so far. A new run first deletes the state and the epochs of an earlier one,
+    whose last vector stays until the first epoch has another."""
+    for file in [] if after[0] else [out / STATE, *out.glob("epoch_*.safetensors")]:
+        file.unlink(missing_ok=True)
+    with whole_file(out / LOG) as part:
+        part.write_text("\n".join([*rows, ""]), encoding="utf-8")
+
+
+def save_run(out, settings, after):
+    """Write what `open_run` reads."""
+    save_vector(out / STATE, dict(enumerate(after[1])), settings | {"step": str(after[0])})
+
+
 # ---- What the command lines share ----------------------------------------------------------------
 
 
 def check_output(path):
-    """The name of a file to write in the stead of `path`; makes the folder. Raises ValueError if no
-    file can be written there, and for what is there and no regular file."""
+    """The name of a temporary file beside `path`, to be renamed to it; makes the folder. Raises
+    ValueError if no file can be written there, and for what is there and is no regular file."""
     with named(f"cannot write {path}", OSError):
         plain = not path.is_symlink() and path.is_file() == path.exists()
         require(plain, f"cannot write {path}: it is there, and is not a regular file")
@@ -752,7 +761,6 @@ def whole_file(path):
     part = check_output(path)
     try:
         with named(f"cannot write {path}", (OSError, RuntimeError, safetensors.SafetensorError)):
-            part.touch(exist_ok=False)
             yield part
             with part.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -762,8 +770,8 @@ def whole_file(path):
 
 
 class Parser(argparse.ArgumentParser):
-    """Prints an error as one line; its exit code is 2. Of torchrun's processes the first prints it
-    and torchrun then ends the others, which wait; a later one speaks if the error is its alone."""
+    """Prints an error as one line; its exit code is 2. Under torchrun the first process prints at
+    once, and torchrun ends the others; they wait, and so print only what is not its error too."""
 
     def error(self, message):
         time.sleep(5 if os.environ.get("RANK", "0") != "0" else 0)
@@ -773,7 +781,7 @@ class Parser(argparse.ArgumentParser):
 
 class Output:
     """Standard output that may end early, as in `| head -1`: what comes then is dropped. A text
-    that ends in "\\r" is taken away by the next one."""
+    that ends in "\\r" is taken away by the next one or by `close`, which leaves the stream open."""
 
     def __init__(self, stream):
         self.stream, self.clear = stream, ""
@@ -789,6 +797,9 @@ class Output:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
         self.clear = "\x1b[K" if text.endswith("\r") else ""
 
+    def close(self):
+        self.write("")
+
 
 def run_or_exit(parser, run, argv):
     """Call run(args); an error that the user can mend becomes one line and exit code 2.
@@ -799,11 +810,8 @@ def run_or_exit(parser, run, argv):
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        with redirect_stdout(Output(sys.stdout)) as output:
-            try:
-                run(args)
-            finally:
-                output.write("")
+        with closing(Output(sys.stdout)) as output, redirect_stdout(output):
+            run(args)
     except (ValueError, OSError) as e:
         parser.error(str(e))
     except (MemoryError, torch.OutOfMemoryError) as e:
@@ -819,7 +827,7 @@ def add_model_flags(parser):
     add("--model", required=True, help="checkpoint folder, alias or hub id")
     add("--template", help=f"of the chat: {TEMPLATE_HELP} (default: a vector's or the model's)")
     add("--system", help="system prompt; '' for none (default: a vector's or the template's)")
-    add("--device", help="cuda, mps or cpu (default: the first there is)")
+    add("--device", help="cuda, mps or cpu; for bipo.py also cuda:0,cuda:1")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as the device likes")
 
 
@@ -828,7 +836,11 @@ def add_pair_flags(parser, several=False):
     add = parser.add_argument_group("pairs").add_argument
     number = {"nargs": "+", "default": []} if several else {"required": True}
     add("--data", type=Path, help=".csv, .json or .jsonl, also .gz; columns: to_pairs", **number)
-    add("--skip-bad", action="store_true", help="drop records that hold no pair, and count them")
+    add(
+        "--skip-bad",
+        action="store_true",
+        help="drop, and count, records that hold no pair and pairs that are too long",
+    )
 
 
 def pick_device(device, dtype):
@@ -838,9 +850,8 @@ def pick_device(device, dtype):
         device = torch.device(device or torch.accelerator.current_accelerator() or "cpu")
         torch.empty(0, device=device)
     dtype = dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    flag = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype if device.type == "cpu" else None)
-    if flag and not getattr(torch.ops.mkldnn, f"_is_mkldnn_{flag}_supported")():
-        print(f"note: this CPU has no {dtype} arithmetic, so float32 may well be faster")
+    if device.type == "cpu" and dtype != "float32":
+        print(f"note: a CPU that has no {dtype} arithmetic is much faster in float32")
     return device, getattr(torch, dtype)
 
 
@@ -852,36 +863,46 @@ def open_model(args):
     return path, name, config, chat, *pick_device(args.device, args.dtype)
 
 
-def read_sets(args):
-    """(training pairs, held-out pairs) of a command line."""
-    pairs = read_pairs(args.data, args.skip_bad)
+def read_sets(args, chat, max_seq_len):
+    """(PairIds: those to train on, then those held out; "file:line" of each of the former; a
+    description for the metadata) of a command line's pairs."""
+    pairs, origin = read_pairs(args.data, args.skip_bad), f"of {args.val}"
     if args.val:
-        return pairs, read_pairs(args.val, args.skip_bad)
-    return split_pairs(pairs, args.seed)
+        held_out = read_pairs(args.val, args.skip_bad)
+    else:
+        (pairs, held_out), origin = split_pairs(pairs, args.seed), "split off by prompt"
+    note_shortcuts(pairs)
+    shared = {str(pair.prompt) for pair in pairs} & {str(pair.prompt) for pair in held_out}
+    if shared:
+        print(f"note: {len(shared)} held-out prompts are trained on, for example {min(shared)!r}")
+    pairs, ids = encode_pairs(chat, pairs, max_seq_len, args.skip_bad)
+    _, more = encode_pairs(chat, held_out, max_seq_len, args.skip_bad)
+    what = f"{len(ids)} pairs of {args.data}, held out {len(more)} {origin}, ids "
+    names = [pair.source for pair in pairs]
+    return ids + more, names, what + hashlib.sha256(str(ids + more).encode()).hexdigest()[:12]
 
 
 class Progress:
     """Prints 'step 40/160  12.5 ms each, 0.1 min left' and more: on a terminal in one line that is
     rewritten, else every half minute, but at once if the whole takes longer, and at the end.
 
-    quiet: not at the end.
+    quiet: not at the end. start: what was done before.
     """
 
-    def __init__(self, what, quiet=False):
-        self.what, self.quiet, self.began, self.printed = what, quiet, time.time(), time.time()
+    def __init__(self, what, quiet=False, start=0):
+        self.what, self.quiet, self.start = what, quiet, start
+        self.began = self.printed = time.time()
 
     def __call__(self, done, total, more=""):
-        now, last, terminal = time.time(), done == total, sys.stdout.isatty()
-        each = (now - self.began) / done
+        now, terminal = time.time(), sys.stdout.isatty()
+        each = (now - self.began) / (done - self.start)
         left = each * (total - done)
         wait = 0.2 if terminal else 2 if self.printed == self.began and left > 30 else 30
-        if now - self.printed < wait and (self.quiet or not last):
-            return
-        line = f"{self.what} {done:{len(str(total))}}/{total}  {1000 * each:.1f} ms each, "
-        line = f"{line}{left / 60:.1f} min left  {more}".rstrip()
-        rewritten, self.printed = terminal and not last, now
-        line = line[: shutil.get_terminal_size().columns - 1] if rewritten else line
-        print(line, end="\r" if rewritten else "\n", flush=True)
+        if now - self.printed >= wait or (done == total and not self.quiet):
+            self.printed, line = now, f"{self.what} {done:{len(str(total))}}/{total}"
+            line = f"{line}  {1000 * each:.1f} ms each, {left / 60:.1f} min left  {more}".rstrip()
+            line = line[: shutil.get_terminal_size().columns - 1] if terminal else line
+            print(line, end="\r" if terminal and done < total else "\n", flush=True)
 
 
 LAYER_HELP = "of a vector file that holds several layers, or does not say its own"

@@ -317,10 +317,9 @@ FAMILIES = {
 }
 
 CONFIG_NAMES = dict(  # ours: Hugging Face's
-    dim="hidden_size", n_layers="num_hidden_layers", n_heads="num_attention_heads",
-    n_kv_heads="num_key_value_heads", head_dim="head_dim", hidden_dim="intermediate_size",
-    vocab_size="vocab_size", norm_eps="rms_norm_eps", tied="tie_word_embeddings",
-    family="model_type",
+    dim="hidden_size", n_layers="num_hidden_layers", norm_eps="rms_norm_eps", family="model_type",
+    n_heads="num_attention_heads", n_kv_heads="num_key_value_heads", hidden_dim="intermediate_size",
+    head_dim="head_dim", vocab_size="vocab_size", tied="tie_word_embeddings",
 )  # fmt: skip
 
 ROPE_SCALING = {  # rope_type: its numbers

