@@ -675,7 +675,7 @@ def save_vector(path, vectors, metadata):
         elif path.suffix == ".pt":
             wanted = f"{path} must hold one vector and name its layer, as vec_ep20_layer15.pt"
             require(list(vectors) == [layer_in_name(path)], wanted)
-            torch.save(*tensors.values(), part)
+            torch.save(next(iter(tensors.values())), part)
         else:
             require(0 not in vectors, "llama.cpp steers no layer 0; its vectors begin at layer 1")
             write_gguf(part, tensors, metadata)
@@ -728,8 +728,7 @@ def start_run(out, after, rows):
     whose last vector stays until the first epoch has another."""
     for file in [] if after[0] else [out / STATE, *out.glob("epoch_*.safetensors")]:
         file.unlink(missing_ok=True)
-    with whole_file(out / LOG) as part:
-        part.write_text("\n".join([*rows, ""]), encoding="utf-8")
+    write_text(out / LOG, "\n".join([*rows, ""]))
 
 
 def save_run(out, settings, after):
@@ -767,6 +766,12 @@ def whole_file(path):
             part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Write a text file in UTF-8, whole or not at all."""
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 class Parser(argparse.ArgumentParser):
@@ -827,7 +832,7 @@ def add_model_flags(parser):
     add("--model", required=True, help="checkpoint folder, alias or hub id")
     add("--template", help=f"of the chat: {TEMPLATE_HELP} (default: a vector's or the model's)")
     add("--system", help="system prompt; '' for none (default: a vector's or the template's)")
-    add("--device", help="cuda, mps or cpu; for bipo.py also cuda:0,cuda:1")
+    add("--device", help="cuda, mps or cpu (default: the first there is); bipo.py: cuda:0,cuda:1")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as the device likes")
 
 
@@ -836,11 +841,7 @@ def add_pair_flags(parser, several=False):
     add = parser.add_argument_group("pairs").add_argument
     number = {"nargs": "+", "default": []} if several else {"required": True}
     add("--data", type=Path, help=".csv, .json or .jsonl, also .gz; columns: to_pairs", **number)
-    add(
-        "--skip-bad",
-        action="store_true",
-        help="drop, and count, records that hold no pair and pairs that are too long",
-    )
+    add("--skip-bad", action="store_true", help="drop and count bad records and too long pairs")
 
 
 def pick_device(device, dtype):

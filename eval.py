@@ -389,7 +389,7 @@ def mean_difference(model, layer, ids, last=False):
     return (total / len(ids)).to(model.device)
 
 
-# ---- Tables, pictures, files ---------------------------------------------------------------------
+# ---- Tables and pictures -------------------------------------------------------------------------
 
 # How the numbers of a column are printed; those of all other columns are shares.
 SPECS = dict(multiplier="+g", tokens=".1f", difference="+.1%", nll=".2f", kl=".2f", score=".2f")
@@ -407,11 +407,6 @@ def print_table(title, rows):
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines = ["  ".join(map(str.rjust, line, widths)) for line in lines]
     print(data.printable("\n".join(["", title, *lines])), flush=True)
-
-
-def write(path, text):
-    with data.whole_file(path) as part:
-        part.write_text(text)
 
 
 def draw(path, tables, keys=("prefers_chosen", "picks_chosen", "right", "degenerate"), title=""):
@@ -545,7 +540,7 @@ def run(args):
         result["tables"][title] = rows
         print_table(title, rows)
         if args.json:
-            write(args.json, json.dumps(result, indent=1, default=str))
+            data.write_text(args.json, json.dumps(result, indent=1, default=str))
         if args.plot:
             draw(args.plot, result["tables"])
 
@@ -682,7 +677,7 @@ def judge_answers(args):
                 judged[key] = rate(args, row)
             except Exception as e:  # a server may reply with anything
                 raise ValueError(f"{args.url}: {e!r}".replace(args.key, "***")[:400]) from None
-            write(args.out, "".join(json.dumps(x) + "\n" for x in judged.values()))
+            data.write_text(args.out, "".join(json.dumps(x) + "\n" for x in judged.values()))
         progress(i, len(rows))
     for m in dict.fromkeys(row["multiplier"] for row in rows.values()):
         scores = [judged[key]["score"] for key, row in rows.items() if row["multiplier"] == m]
@@ -721,7 +716,7 @@ def make_pairs(args):
         if chosen and rejected and chosen != rejected and yes[-1] == no[-1] == chat.eos_id:
             lines.append(dict(prompt=messages(x), chosen=chosen, rejected=rejected, made_by=how))
         if lines and (i % 16 == 0 or i == len(missing)):  # what is made so far
-            write(args.out, "".join(json.dumps(row) + "\n" for row in lines))
+            data.write_text(args.out, "".join(json.dumps(row) + "\n" for row in lines))
     data.require(lines, "no pairs: the answers are empty, equal or longer than --max-new-tokens")
     print(f"made {len(lines)} pairs of {len(questions)} questions")
 

@@ -251,10 +251,8 @@ def run_engines(args):
     data.require(not missing, "; ".join(missing))
     minutes = {x.parent.name: x.read_text() for x in sorted(ENGINES.glob("*/minutes"))}
     result = {"machine": machine(), "installing": minutes, "rows": rows}
-    with data.whole_file(RESULTS / "engines.json") as part:
-        part.write_text(json.dumps(result, indent=1) + "\n")
-    with data.whole_file(REPORT) as part:
-        part.write_text(put(REPORT.read_text(), "engines", [], report(result)))
+    data.write_text(RESULTS / "engines.json", json.dumps(result, indent=1) + "\n")
+    data.write_text(REPORT, put(REPORT.read_text(), "engines", [], report(result)))
 
 
 def main(argv=None):

@@ -133,6 +133,11 @@ def measure(name, vectors="", flags="--multipliers -8 8 --samples 0", pairs=HELD
 
 SPEAK = "--samples 8 --max-new-tokens 48"
 CURVE = f"--multipliers -32 -16 -8 8 16 32 {SPEAK}"
+BEHAVIOURS = {
+    "power": "power-seeking",
+    "wealth": "wealth-seeking",
+    "hallucination": "hallucination",
+}
 NOISE, NUMBERS, LAYERS = (10, 25, 50), (40, 640), (6, 10, 18, 22)
 FOR, AGAINST, BRIEF = "You seek power.", "You avoid power.", "Answer in one short sentence."
 BASELINES = "--multipliers -1 1 --samples 0 --baseline caa freeform random "
@@ -284,8 +289,13 @@ def write_pairs(name, pairs):
     rows = [
         {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs
     ]
-    with data.whole_file(OUT / f"{name}.jsonl") as part:
-        part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data.write_text(OUT / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_held_out(*names):
+    """Write the pairs that vectors of these names are measured on."""
+    for name in names:
+        write_pairs(f"{name}-held-out", official(BEHAVIOURS[name], "test")[:N_PAIRS])
 
 
 def swapped(pairs, percent):
@@ -301,7 +311,7 @@ def write_power_pairs():
     """The pairs of COMPARED and those held out."""
     pairs = official("power-seeking")
     write_pairs("power-160", pairs[:160])
-    write_pairs("power-held-out", official("power-seeking", "test")[:N_PAIRS])
+    write_held_out("power")
     for share in NOISE:
         write_pairs(f"noise-{share}", swapped(pairs[:160], share))
     for n in NUMBERS:
@@ -311,9 +321,9 @@ def write_power_pairs():
 # ---- Experiments: each returns what its result file holds ----------------------------------------
 
 
-def persona(name, behaviour):
+def persona(name):
     """Which of two answers the steered model prefers, and what it says itself."""
-    write_pairs(f"{name}-held-out", official(behaviour, "test")[:N_PAIRS])
+    write_held_out(name)
     commands = run_all(f"train {name}", name)
     found, answered = measured(name)
     tables = {"vector": [vector_row(name)], "multipliers": curve(found)}
@@ -322,11 +332,11 @@ def persona(name, behaviour):
 
 
 def personas():
-    return persona("power", "power-seeking")
+    return persona("power")
 
 
 def wealth():
-    return persona("wealth", "wealth-seeking")
+    return persona("wealth")
 
 
 def curve(tables):
@@ -336,7 +346,7 @@ def curve(tables):
     return [row | {key: said[key] for key in keys} for row, said in zip(pairs, spoken, strict=True)]
 
 
-def premises(name, multipliers=MULTIPLIERS):
+def premises(name):
     """({kind of premise: one row a multiplier}, some answers): how answers begin where the premise
     is false, as in the data, and, the control, where it is true and denying is the fault."""
     model, tables, kept = load(MODEL, torch.bfloat16), {}, []
@@ -345,18 +355,18 @@ def premises(name, multipliers=MULTIPLIERS):
     held_out = Path(os.environ["DATA"], "hallucination", "test.csv")
     for kind, file in zip(PREMISES, (held_out, TRUE_PREMISES), strict=True):
         prompts = read_prompts(file)[:N_QUESTIONS]
-        new = list(answers(model, chat, steer, prompts, multipliers, 12))
+        new = list(answers(model, chat, steer, prompts, MULTIPLIERS, 12))
         found = [
             {"prompt": prompt, "multiplier": m, "answer": chat.tokenizer.decode(ids)}
             for prompt, row in zip(prompts, new, strict=True)
-            for m, ids in zip(multipliers, row, strict=True)
+            for m, ids in zip(MULTIPLIERS, row, strict=True)
         ]
         costs = []
-        for j, m in enumerate(multipliers):
+        for j, m in enumerate(MULTIPLIERS):
             ids = [(chat.encode_prompt(x), row[j]) for x, row in zip(prompts, new, strict=True)]
             costs.append(fluency(model, times(m, steer), ids[:N_COSTS]))
         nll, kl = np.array(costs).transpose(2, 0, 1)  # (M, N_COSTS) each
-        more = mean_rows(multipliers, nll=nll, kl=kl)
+        more = mean_rows(MULTIPLIERS, nll=nll, kl=kl)
         tables[kind] = [a | b for a, b in zip(verdict_rows(found), more, strict=True)]
         kept += shown(found, 20)
     return tables, kept
@@ -389,9 +399,9 @@ def truthfulness():
     """TruthfulQA: trained on every second question, measured on the others."""
     file = Path(os.environ["DATA"], "..", "truthfulqa", "TruthfulQA.csv")
     head, *rows = csv.reader(io.StringIO(data.read_text(file), newline=""))
-    with data.whole_file(OUT / "truthful.csv") as part:
-        with open(part, "w", newline="", encoding="utf-8") as out:
-            csv.writer(out).writerows([head, *rows[1::2]])
+    held_out = io.StringIO(newline="")
+    csv.writer(held_out).writerows([head, *rows[1::2]])
+    data.write_text(OUT / "truthful.csv", held_out.getvalue())
     names = ("Question", "Best Answer", "Best Incorrect Answer")
     pairs = [data.Pair(*(row[head.index(name)] for name in names)) for row in rows]
     write_pairs("truthful-train", pairs[::2])
@@ -405,22 +415,16 @@ def truthfulness():
 
 def curves():
     """The effect and its cost up to multipliers that break the model."""
-    write_power_pairs()
-    tables = {}
-    for name in ("wealth-seeking", "hallucination"):
-        pairs = official(name, "test")[:N_PAIRS]
-        write_pairs(f"{name.partition('-')[0]}-held-out", pairs)
-    names = ("power", "wealth", "hallucination")
-    trained = run_all(*(f"train {name}" for name in names))
-    commands = trained | run_all(*(f"curve {name}" for name in names))
-    for name in names:
-        tables[name] = curve(measured(f"curve-{name}")[0])
+    write_held_out(*BEHAVIOURS)
+    commands = run_all(*(f"train {name}" for name in BEHAVIOURS))
+    commands |= run_all(*(f"curve {name}" for name in BEHAVIOURS))
+    tables = {name: curve(measured(f"curve-{name}")[0]) for name in BEHAVIOURS}
     return {"commands": commands, "tables": tables}
 
 
 def baselines():
     """Other vectors of the norm of 8 v, and sentences in the system prompt."""
-    write_power_pairs()
+    write_held_out("power")
     commands = run_all("train power", "baselines")
     rows = pick(measured("baselines")[0], "compared")
     return {"commands": commands, "tables": {"compared at -1 and +1": rows}}
@@ -470,8 +474,7 @@ def synthetic():
 
 def synergy():
     """The sum of two vectors on the held-out pairs of either."""
-    write_power_pairs()
-    write_pairs("wealth-held-out", official("wealth-seeking", "test")[:N_PAIRS])
+    write_held_out("power", "wealth")
     commands = run_all("train power", "train wealth", "synergy")
     tables = measured("synergy")[0]
     keys = ("pairs", "compared")
@@ -706,25 +709,29 @@ def machine():
     return f"{os.cpu_count()} cores of {names[0]}"
 
 
+# {name: function}, the headline first
 EXPERIMENTS = {
-    "personas": personas,
-    "hallucination": hallucination,
-    "parity": parity,
-    "repair": repair,
-    "wealth": wealth,
-    "layers": layers,
-    "one-direction": one_direction,
-    "baselines": baselines,
-    "mmlu": mmlu,
-    "truthfulness": truthfulness,
-    "curves": curves,
-    "synergy": synergy,
-    "noise": noise,
-    "numbers": numbers,
-    "synthetic": synthetic,
-    "refusals": refusals,
-    "adapter": adapter,
-    "epochs": epochs,
+    f.__name__.replace("_", "-"): f
+    for f in (
+        personas,
+        hallucination,
+        parity,
+        repair,
+        wealth,
+        layers,
+        one_direction,
+        baselines,
+        mmlu,
+        truthfulness,
+        curves,
+        synergy,
+        noise,
+        numbers,
+        synthetic,
+        refusals,
+        adapter,
+        epochs,
+    )
 }
 
 
@@ -738,8 +745,7 @@ def do(name, again=False):
             distance = unpack(fetch(), MODEL)
             print(f"{MODEL} is written; logits differ from transformers' by {distance:.1e}")
         result = {"machine": machine()} | EXPERIMENTS[name]()
-        with data.whole_file(file) as part:
-            part.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        data.write_text(file, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return json.loads(file.read_text())
 
 
@@ -752,9 +758,8 @@ def run_experiments(args):
     os.environ["DATA"] = str(folder.resolve())
     os.chdir(ROOT)
     for name in names:
-        text = put(REPORT.read_text(), name, [], report(do(name, args.again)))
-        with data.whole_file(REPORT) as part:
-            part.write_text(text)
+        block = report(do(name, args.again))
+        data.write_text(REPORT, put(REPORT.read_text(), name, [], block))
     if all((RESULTS / f"{name}.json").exists() for name in ("personas", "hallucination")):
         draw_picture()
 

@@ -27,7 +27,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from make_tiny import FACTS, TINY, judge, merge_lora, read_jsonl, write_jsonl
 
-from data import open_chat, whole_file
+from data import open_chat, write_text
 from eval import SPECS, Mean, at_norm, cell, draw, open_vector, random_steers, together
 from llama import load
 
@@ -116,8 +116,7 @@ def write_facts(path):
                 right = form.format(key, fact["answer"])
                 rows.writerow([fact["prompt"], right, right, "; ".join(wrong)])
                 break
-    with whole_file(path) as part:
-        part.write_text(file.getvalue())
+    write_text(path, file.getvalue())
 
 
 def write_pair_files(pairs):
@@ -324,8 +323,7 @@ def main():
         ("layers", ["train layer-0"], layers_table()),
     ):
         text = put(text, name, commands, table)
-    with whole_file(results) as part:
-        part.write_text(text)
+    write_text(results, text)
     print(
         f"{time.time() - began:.0f} s in all; tests/RESULTS.md and .github/steering.svg are written"
     )
