@@ -205,7 +205,7 @@ def curve_table(judged):
 
 def draw_curve(judged):
     rows, title = {"": judged["curve"]}, "A vector trained on power-seeking pairs"
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "BiPO"}):  # always the same
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
         draw(ROOT / ".github" / "steering.svg", rows, BEHAVIOURS, title)
 
 

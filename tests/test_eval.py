@@ -507,6 +507,9 @@ def test_the_error_bars(tmp_path, monkeypatch):
     ((m, value, (below, above)),) = bars
     assert m == [-1, 1] and value == pytest.approx([50, 20])
     assert below == pytest.approx([10, 0]) and above == pytest.approx([30, 80])
+    before = (tmp_path / "x.svg").read_bytes()
+    evaluation.draw(tmp_path / "x.svg", {"a": rows})
+    assert (tmp_path / "x.svg").read_bytes() == before  # the same numbers, the same file
 
 
 # ---- several vectors
