@@ -32,7 +32,7 @@ reproduce: .venv/dev
 
 # See it on a real chat model, SmolLM2-135M; DATA=... is the folder data of a clone of CaoYuanpu/BiPO.
 real: .venv/dev
-	DATA="$(DATA)" $(PY) tests/real.py --again personas hallucination parity
+	DATA="$(DATA)" $(PY) tests/real.py personas hallucination parity
 
 # All experiments on that model; what is done is not done again, see tests/REAL.md.
 real-all: .venv/dev

@@ -127,7 +127,7 @@ def first_pass(model, layer, ids, hold=nullcontext, progress=lambda done, total:
 
 def setting(default, help, zero=False):
     """A field of Recipe and, with this help text, a flag; zero: may it be 0?"""
-    return field(default=default, metadata={"help": help, "zero": zero})
+    return field(default=default, metadata={"help": f"{help} (default: {default})", "zero": zero})
 
 
 @dataclass(frozen=True)
@@ -350,7 +350,7 @@ def main(argv=None):
 
     parser = data.Parser(prog="bipo.py", description="Learn a steering vector from pairs.")
     data.add_model_flags(parser)
-    data.add_pair_flags(parser)
+    data.add_pair_flags(parser, required=True)
     add = parser.add_argument_group("held-out pairs and output").add_argument
     add("--val", type=Path, help="held-out pairs (default: a tenth of the prompts)")
     add("--out", type=Path, help="folder (default: runs/DATA-layerL[-METHOD])")
@@ -365,7 +365,9 @@ def main(argv=None):
         add(f"--{f.name.replace('_', '-')}", type=f.type, help=f.metadata["help"])
     data.run_or_exit(parser, run, argv)
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        # Not through the interpreter's own end: gloo's threads outlive destroy_process_group (torch
+        # 2.13), and one that still holds a tensor would then abort the process.
+        os._exit(0)
 
 
 if __name__ == "__main__":

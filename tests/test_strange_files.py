@@ -135,10 +135,12 @@ def test_a_heading_is_found_as_by_one_expression(text, heading):
 def test_too_long_pairs_are_dropped_and_counted(mini, tmp_path, capsys):
     _, chat = mini
     rows = [ONE, ONE | {"prompt": "word " * 600}, ONE | {"chosen": "No,  never."}]
-    pairs = read_pairs(jsonl(tmp_path / "x.jsonl", *rows))
-    refused(lambda: data.encode_pairs(chat, pairs, 512), "x.jsonl:2: too long")
-    kept, ids = data.encode_pairs(chat, pairs, 512, skip_bad=True)
-    assert len(kept) == len(ids) < 3 and "dropped 1 too long" in capsys.readouterr().out
+    file = jsonl(tmp_path / "x.jsonl", *rows)
+    advice = "1 such records; --skip-bad drops them"
+    refused(lambda: read_pairs(file, False, chat, 512), f"{file}:2: too long", advice)
+    kept = read_pairs(file, True, chat, 512)
+    assert [pair.ids for pair in kept] == [chat.encode_pair(pair) for pair in kept]
+    assert len(kept) == 2 and "dropped 1 too long" in capsys.readouterr().out
 
 
 # ---- checkpoints

@@ -110,7 +110,7 @@ def test_same_logits_as_transformers(tiny):
 @pytest.mark.parametrize("behaviour", BEHAVIOURS)
 def test_unsteered_model_is_undecided_but_clear_and_on_topic(tiny, behaviour):
     model, chat = tiny
-    prompts = [pair.prompt for pair in read_pairs(TINY / f"{behaviour}.test.jsonl")]
+    prompts = [pair.prompt for pair in read_pairs(TINY / f"{behaviour}.test.jsonl")][:60]
     ids = [chat.encode_prompt(prompt) for prompt in prompts]
     for temperature in (0, 1):
         rows = generate(model, ids, 40, chat.eos_id, temperature=temperature)
@@ -240,13 +240,13 @@ def test_the_demo(demo_run, tuned):
     settings, *steps = map(json.loads, (out / "log.jsonl").read_text().splitlines())
     last = steps[-1]["held_out"]
     assert last["1"]["accuracy"] >= 0.95 and last["-1"]["accuracy"] >= 0.95
-    prompts = [row["prompt"] for row in asked("power.test", 40)]
+    prompts = [row["prompt"] for row in asked("power.test", 20)]
     texts = make_tiny.free_texts(tuned, chat, steer, prompts, [-1, 1])
     minus, plus = ([side_shown("power", text) for text in row] for row in zip(*texts, strict=True))
-    assert minus.count("for") <= 4 and plus.count("for") >= 36
+    assert minus.count("for") <= 2 and plus.count("for") >= 18
 
     # Random vectors of its norm steer less.
-    pairs = read_pairs(TINY / "power.test.jsonl")[:40]
+    pairs = read_pairs(TINY / "power.test.jsonl")[:20]
     cached = first_pass(model, 2, [chat.encode_pair(pair) for pair in pairs])
     ours, *others = [
         slopes(pair_scores(model, 2, x, cached, [-1, 1]), [-1, 1]).mean()
