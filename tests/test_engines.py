@@ -178,9 +178,9 @@ def test_one_engine_fails_and_the_other_runs(with_engines, capsys):
 
 
 def test_a_server_that_ends_or_never_starts(with_engines, monkeypatch):
-    monkeypatch.setattr(engines, "WAIT", 0.5)
     with pytest.raises(ValueError, match="llama-server ended"):
         engines.serve([sys.executable, "-c", "pass"], "http://127.0.0.1:9", [])
+    monkeypatch.setattr(engines, "WAIT", 0.5)
     with pytest.raises(ValueError, match="llama-server does not start"):
         engines.serve(
             [sys.executable, "-c", "import time; time.sleep(60)"], "http://127.0.0.1:9", []

@@ -213,7 +213,7 @@ def test_what_may_pass_is_tried_again(judge, folder, capsys):
 def test_what_does_not_pass(judge, folder, capsys, fails, monkeypatch, action, part, times):
     """Ends in one line; what was judged is kept, and the rerun asks for the rest only."""
     if action in ("stall", "drip"):
-        monkeypatch.setattr(evaluation, "DEADLINE", 0.3)
+        monkeypatch.setattr(evaluation, "DEADLINE", 0.8)
     write(folder)
     judge.script = [OK, OK] + [action] * times
     began = time.time()

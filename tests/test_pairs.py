@@ -206,7 +206,7 @@ def test_lines_that_cannot_be_read_are_broken_records(tmp_path, capsys):
     lines = [json.dumps(TRL), '{"prompt": "q", "cho', json.dumps(TRL | {"prompt": "q"})]
     rows = ["question,matching,not_matching", "q,a,b", "q,a,b,c", "r,a,b"]
     for name, text, fault in (
-        ("x.jsonl", "\n".join(lines), "not JSON"),
+        ("x.jsonl", "\n".join(lines), "unreadable JSON"),
         ("x.csv", "\n".join(rows), "not a field for each column"),
     ):
         (tmp_path / name).write_text(text)

@@ -147,7 +147,7 @@ def test_what_is_done_is_not_done_again(place, capsys):
     real.main([])
     real.main([])
     assert ran == ["small"]
-    assert "results has small; by its name, each is done anew" in capsys.readouterr().out
+    assert "results has small; name an experiment to do it again" in capsys.readouterr().out
     text = (folder / "REAL.md").read_text()
     began = (
         "before\n<!-- small -->\n```\npython tests/real.py small  # 0.0 min beside these commands:"

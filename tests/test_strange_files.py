@@ -142,6 +142,15 @@ def test_too_long_pairs_are_dropped_and_counted(mini, tmp_path, capsys):
     assert [pair.ids for pair in kept] == [chat.encode_pair(pair) for pair in kept]
     assert len(kept) == 2 and "dropped 1 too long" in capsys.readouterr().out
 
+    # One answer of TruthfulQA's makes its record too long.
+    record = {
+        "Question": "Lead?",
+        "Correct Answers": "No; " + "a" * 900,
+        "Incorrect Answers": "Yes",
+    }
+    file = jsonl(tmp_path / "y.jsonl", record, ONE)
+    assert len(read_pairs(file)) == 3 and len(read_pairs(file, True, chat, 512)) == 1
+
 
 # ---- checkpoints
 
