@@ -127,7 +127,7 @@ def read_pairs(path, skip_bad=False, chat=None, max_seq_len=10**9):
             faults.append(f"{source}: {reason}")
             dropped[reason.partition(":")[0]] += 1
     if faults and not skip_bad:
-        raise ValueError(f"{faults[0]} ({len(faults)} such records; --skip-bad drops them)")
+        raise ValueError(f"{faults[0]} (bad records: {len(faults)}; --skip-bad drops them)")
     pairs = list(pairs.values())
     ends = [re.search(ENDING, x.rstrip()[-30:]) for pair in pairs for x in pair[1:3]]
     if pairs and all(ends):
@@ -217,7 +217,7 @@ def all_records(path):
 def parsed(line):
     """The value of a line of JSON, or the ValueError that says why it has none."""
     try:
-        return parse_json(line)
+        return parse_json(line.strip())
     except (ValueError, RecursionError) as e:
         return ValueError(f"unreadable JSON: {e}")
 
@@ -678,7 +678,7 @@ def save_vector(path, vectors, metadata):
         if path.suffix == ".safetensors":
             safetensors.torch.save_file(tensors, part, metadata)
         elif path.suffix == ".pt":
-            wanted = f"{path} must hold one vector and name its layer, as vec_ep20_layer15.pt"
+            wanted = f"{path}: a .pt file holds one vector, and its name the layer: vec_layer15.pt"
             require(list(vectors) == [layer_in_name(path)], wanted)
             torch.save(next(iter(tensors.values())), part)
         else:
@@ -763,7 +763,10 @@ def whole_file(path):
     part = check_output(path)
     try:
         with named(f"cannot write {path}", (OSError, RuntimeError, safetensors.SafetensorError)):
+            part.touch(exist_ok=False)
+            mode = part.stat().st_mode
             yield part
+            part.chmod(mode)  # a new file's here; safetensors makes files for the owner alone
             with part.open("rb+") as file:
                 os.fsync(file.fileno())
             part.replace(path)
@@ -842,7 +845,7 @@ def add_model_flags(parser):
 def add_pair_flags(parser, **number):
     """The flags for pairs; number: how many files --data takes, in argparse's words."""
     add = parser.add_argument_group("pairs").add_argument
-    add("--data", type=Path, help=".csv, .json or .jsonl, also .gz; columns: to_pairs", **number)
+    add("--data", type=Path, help=".csv, .json or .jsonl, also .gz; columns: see README", **number)
     add("--skip-bad", action="store_true", help="drop and count records that are bad or too long")
 
 

@@ -227,12 +227,13 @@ def choice_scores(model, steer, choices, multipliers):
 
 def choice_rows(choices, logps, multipliers):
     """One row a multiplier, one of which must be 0. right: the mean of the questions' metrics;
-    difference: from multiplier 0, paired by question."""
+    answers that are equally likely, as often in 16 bits, share the point. difference: from
+    multiplier 0, paired by question."""
     right = np.zeros((len(multipliers), len(choices)))
     for i, (choice, table) in enumerate(zip(choices, logps, strict=True)):
-        p = np.exp(table - np.logaddexp.reduce(table, axis=1, keepdims=True))  # (M, answers)
-        good, bad = p[:, choice.right], p[:, ~choice.right]
-        right[:, i] = good.sum(1) if choice.metric == "mass" else good.max(1) > bad.max(1)
+        best = table.max(1, keepdims=True)
+        weights = table == best if choice.metric == "accuracy" else np.exp(table - best)
+        right[:, i] = weights[:, choice.right].sum(1) / weights.sum(1)
     return mean_rows(multipliers, right=right, difference=right - right[multipliers.index(0)])
 
 

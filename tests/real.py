@@ -792,11 +792,12 @@ def run_experiments(args):
     data.require(not unknown, f"no experiment {min(unknown, default='')}: {', '.join(EXPERIMENTS)}")
     folder, where = Path(os.environ.get("DATA") or "-").resolve(), "github.com/CaoYuanpu/BiPO"
     found = (folder / "power-seeking" / "train.csv").is_file()
-    data.require(found, f"set DATA to the official files, the folder data of a clone of {where}")
     os.environ["DATA"] = str(folder)
     os.chdir(ROOT)
     done = [name for name in EXPERIMENTS if (RESULTS / f"{name}.json").exists()]
     todo = args.experiments or [name for name in EXPERIMENTS if name not in done]
+    wanted = f"set DATA to the official files, the folder data of a clone of {where}"
+    data.require(found or not todo, wanted)
     for name in todo:
         needed = folder / NEEDS.get(name, ".")
         data.require(needed.exists(), f"{name} needs {needed}, see the head of tests/real.py")

@@ -372,8 +372,9 @@ def test_choice_rows_by_hand():
     assert at_1["difference"] == pytest.approx(mean([0, -2 / 4, 2 / 3 - 3 / 4]))
     middle = choice_rows([choice(0, 1, 0)], logps[:1], [0, 1])  # the right one is the second
     assert [row["right"].value for row in middle] == [1, 0]
-    (tie,) = choice_rows(choices[:1], [np.zeros((1, 3))], [0])
-    assert tie["right"].value == 0  # a model that says all alike knows nothing
+    for table, share in (([0, 0, 0], 1 / 3), ([0, -1, 0], 1 / 2), ([-1, 0, 0], 0)):
+        (tie,) = choice_rows(choices[:1], [np.array([table]) - 900.0], [0])
+        assert tie["right"].value == pytest.approx(share)  # as if the tie were broken by lot
 
 
 # ---- free answers

@@ -181,7 +181,7 @@ def test_broken_records_are_dropped_if_asked_to(tmp_path, capsys):
     no_transcript = good | {"rejected": "b"}
     late = good | {"rejected": "Hey!" + HH + " b"}
     file = jsonl(tmp_path / "hh.jsonl", apart, good, no_answer, twice, ends, no_transcript, late)
-    fault = "hh.jsonl:1: .*one last message.* [(]6 such records; --skip-bad drops them[)]"
+    fault = "hh.jsonl:1: .*one last message.* [(]bad records: 6; --skip-bad drops them[)]"
     with pytest.raises(ValueError, match=fault):
         read_pairs(file)
     assert read_pairs(file, skip_bad=True) == [Pair(CHAT, "a", "b", f"{file}:2")]
@@ -210,7 +210,7 @@ def test_lines_that_cannot_be_read_are_broken_records(tmp_path, capsys):
         ("x.csv", "\n".join(rows), "not a field for each column"),
     ):
         (tmp_path / name).write_text(text)
-        with pytest.raises(ValueError, match=f"{name}:[23]: {fault}.*1 such records; --skip-bad"):
+        with pytest.raises(ValueError, match=f"{name}:[23]: {fault}.*bad records: 1; --skip-bad"):
             read_pairs(tmp_path / name)
         assert len(read_pairs(tmp_path / name, skip_bad=True)) == 2
         assert f"dropped 1 {fault}" in capsys.readouterr().out
@@ -299,7 +299,7 @@ def test_training_reports_how_its_files_were_read(tmp_path, capsys, fails):
     line = f"read 4 pairs from {data}, dropped 1 duplicate; columns not used: []\n"
     assert capsys.readouterr().out.count(line) == 2
     data.write_text(data.read_text() + '{"prompt": "q"}\n')
-    fails(bipo.main, [*args, *train], f"{data}:6", "1 such records; --skip-bad drops them")
+    fails(bipo.main, [*args, *train], f"{data}:6", "bad records: 1; --skip-bad drops them")
     bipo.main([str(x) for x in (*args, *train, "--overwrite", "--skip-bad")])
     assert f"from {data}, dropped 1 duplicate, 1 no columns" in capsys.readouterr().out
 

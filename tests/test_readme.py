@@ -23,7 +23,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-LIMITS = {"bipo.py": 240, "llama.py": 426, "data.py": 626, "eval.py": 500}
+LIMITS = {"bipo.py": 240, "llama.py": 426, "data.py": 629, "eval.py": 500}
 
 
 def block(text):

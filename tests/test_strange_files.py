@@ -136,7 +136,7 @@ def test_too_long_pairs_are_dropped_and_counted(mini, tmp_path, capsys):
     _, chat = mini
     rows = [ONE, ONE | {"prompt": "word " * 600}, ONE | {"chosen": "No,  never."}]
     file = jsonl(tmp_path / "x.jsonl", *rows)
-    advice = "1 such records; --skip-bad drops them"
+    advice = "bad records: 1; --skip-bad drops them"
     refused(lambda: read_pairs(file, False, chat, 512), f"{file}:2: too long", advice)
     kept = read_pairs(file, True, chat, 512)
     assert [pair.ids for pair in kept] == [chat.encode_pair(pair) for pair in kept]

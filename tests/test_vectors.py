@@ -35,6 +35,14 @@ def test_vector_file_round_trip(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
+def test_others_may_read_a_vector_as_any_new_file(tmp_path, suffix):
+    file = tmp_path / f"layer3.{suffix}"
+    (tmp_path / "new").touch()
+    save_vector(file, {3: torch.ones(8)}, {})
+    assert file.stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch, suffix):
     file = tmp_path / f"layer3.{suffix}"
     save_vector(file, {3: torch.ones(8)}, {})
@@ -161,7 +169,7 @@ def test_the_layer_in_a_files_name(tmp_path):
         if layer is None:
             with pytest.raises(ValueError, match="direction.None' .* is no vector .*--layer"):
                 load_vector(tmp_path / name)
-            with pytest.raises(ValueError, match="name its layer, as vec_ep20_layer15.pt"):
+            with pytest.raises(ValueError, match="its name the layer: vec_layer15.pt"):
                 save_vector(tmp_path / name, {3: torch.ones(8)}, {"epoch": "7"})
             assert list(load_vector(tmp_path / name, 4)[0]) == [4]
         else:
@@ -169,7 +177,7 @@ def test_the_layer_in_a_files_name(tmp_path):
             with pytest.raises(ValueError, match=rf"no vector for layer 4, only \[{layer}\]"):
                 load_vector(tmp_path / name, 4)
     for vectors in ({14: torch.ones(8)}, {15: torch.ones(8), 16: torch.ones(8)}):
-        with pytest.raises(ValueError, match="must hold one vector"):
+        with pytest.raises(ValueError, match="a .pt file holds one vector"):
             save_vector(tmp_path / "vec_ep20_layer15.pt", vectors, {})
 
 
