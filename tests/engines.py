@@ -12,7 +12,6 @@ engine runs.
 
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -21,7 +20,18 @@ import time
 import urllib.request
 from pathlib import Path
 
-from real import MODEL, OUT, REPORT, RESULTS, ROOT, fetch, machine, unpack
+from real import (
+    MODEL,
+    OUT,
+    REPORT,
+    RESULTS,
+    ROOT,
+    fetch,
+    have_model,
+    machine,
+    python_lines,
+    read,
+)
 from reproduce import markdown, put
 
 import data
@@ -173,18 +183,11 @@ with open(out, "w") as file:
 """
 
 
-def recipe():
-    """The lines of Python in REPORT that steer vLLM."""
-    blocks = re.findall(r"```python\n(.*?)```", REPORT.read_text(encoding="utf-8"), re.DOTALL)
-    (lines,) = (block for block in blocks if "from vllm import" in block)
-    return lines
-
-
 def vllm(ids, layer):
     """{engine: at each multiplier, the ids of the answers}."""
     python, out = python_of("vllm", VLLM, install_vllm), ENGINES / "vllm.json"
     given = f"ids, multipliers, out = {ids}, {MULTIPLIERS}, {str(out)!r}\n"
-    lines = recipe()
+    lines = python_lines(REPORT, "from vllm import")
     data.require(f"layers[{layer}]" in lines, f"{REPORT} steers another layer than {VECTOR}'s")
     settings = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     settings["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
@@ -244,8 +247,7 @@ def run_engines(args):
     os.chdir(ROOT)
     trained = (VECTOR / "vector.safetensors").exists()
     data.require(trained, f"{VECTOR} is missing: `make real DATA=...` trains it")
-    if not MODEL.exists():
-        unpack(fetch(), MODEL)
+    have_model()
     ENGINES.mkdir(parents=True, exist_ok=True)
     ids, ours, layer = our_answers()
     rows, missing = [], []
@@ -261,7 +263,7 @@ def run_engines(args):
     installed = [(ENGINES / name / "installed").read_text() for name in ("llama.cpp", "vllm")]
     result = {"machine": machine(), "installing": installed, "rows": rows}
     data.write_text(RESULTS / "engines.json", json.dumps(result, indent=1) + "\n")
-    data.write_text(REPORT, put(REPORT.read_text(encoding="utf-8"), "engines", [], report(result)))
+    data.write_text(REPORT, put(read(REPORT), "engines", [], report(result)))
 
 
 def main(argv=None):

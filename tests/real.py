@@ -110,6 +110,13 @@ def unpack(file, folder):
     return distance
 
 
+def have_model():
+    """Write MODEL if it is not there."""
+    if not MODEL.exists():
+        distance = unpack(fetch(), MODEL)
+        print(f"{MODEL} is written; logits differ from transformers' by {distance:.1e}")
+
+
 # ---- Commands ------------------------------------------------------------------------------------
 
 SHORT = "--epochs 5"  # of the comparisons, on the first 160 pairs for power-seeking
@@ -332,9 +339,14 @@ def persona(name):
     write_held_out(name)
     commands = run_all(f"train {name}", name)
     found, answered = measured(name)
-    tables = {"vector": [vector_row(name)], "multipliers": curve(found)}
-    tables["slope"] = [slope_row(name, found)]
+    tables = vector_tables(name, found)
     return {"commands": commands, "tables": tables, "answers": shown(answered, 8)}
+
+
+def vector_tables(name, tables):
+    """How OUT/name was trained, and what it does, from eval.py's tables."""
+    about = {"vector": [vector_row(name)], "multipliers": curve(tables)}
+    return about | {"slope": [slope_row(name, tables)]}
 
 
 def personas():
@@ -427,13 +439,11 @@ def truthfulness():
         write_pairs(f"truthful-{name}", [data.Pair(*(row[x] for x in names)) for row in half])
     commands = run_all("train truthful", "truthful")
     tables, found = measured("truthful")
-    vector = vector_row("truthful")
+    own = vector_tables("truthful", tables)
     for name in names[1:]:  # does denying tell the best answer from an incorrect one?
         denials = [re.search(DENIES, row[name].lower()) is not None for row in trained]
-        vector[f"{name.lower()} denies"] = sum(denials) / len(denials)
+        own["vector"][0][f"{name.lower()} denies"] = sum(denials) / len(denials)
     choices = {key: rows for key, rows in tables.items() if key.startswith("TruthfulQA")}
-    own = {"vector": [vector], "multipliers": curve(tables)}
-    own["slope"] = [slope_row("truthful", tables)]
     return {"commands": commands, "tables": own | choices, "answers": shown(found, 8)}
 
 
@@ -638,10 +648,16 @@ def parity():
     return {"commands": commands, "tables": {"parity": rows}}
 
 
+def python_lines(path, part):
+    """The one block of Python in a Markdown file that holds this part."""
+    blocks = re.findall(r"```python\n(.*?)```", read(path), re.DOTALL)
+    (lines,) = (block for block in blocks if part in block)
+    return lines
+
+
 def hook_lines(layer, vector):
     """The README's lines for transformers, for this model and a vector."""
-    readme = read(Path("README.md"))
-    (lines,) = (x for x in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "_hook(" in x)
+    lines = python_lines(Path("README.md"), "_hook(")
     for old, new in {
         "tests/tiny": str(MODEL),
         "runs/power": str(vector),
@@ -774,10 +790,8 @@ def result_of(name):
 
 
 def do(name):
-    """Do an experiment, and write its result and the report's part."""
-    if not MODEL.exists():
-        distance = unpack(fetch(), MODEL)
-        print(f"{MODEL} is written; logits differ from transformers' by {distance:.1e}")
+    """Do an experiment, and write its result."""
+    have_model()
     began, others = time.time(), sum(RAN)
     result = EXPERIMENTS[name]()
     own = (time.time() - began) / 60 - (sum(RAN) - others)
@@ -805,9 +819,10 @@ def run_experiments(args):
         print(f"{RESULTS} has {', '.join(done) or 'no result'}; name an experiment to do it again")
     for name in todo:
         do(name)
-    for name in EXPERIMENTS:
-        if name in done + todo:
-            data.write_text(REPORT, put(read(REPORT), name, [], report(name, result_of(name))))
+    text = read(REPORT)
+    for name in {*done, *todo}:
+        text = put(text, name, [], report(name, result_of(name)))
+    data.write_text(REPORT, text)
     if {"personas", "hallucination"} <= {*done, *todo}:
         draw_picture()
     print(f"took {(time.time() - began) / 60:.1f} min")
