@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, jsonl
+from conftest import ROOT, TINY, jsonl, messages
 from make_tiny import side_shown
 
 import data
@@ -42,10 +42,6 @@ def made(*more):
     Path("out/pairs.jsonl").unlink(missing_ok=True)
     evaluation.main(command(*more))
     return [pair[:3] for pair in read_pairs("out/pairs.jsonl")]
-
-
-def messages(turns):
-    return [{"role": role, "content": text} for role, text in turns]
 
 
 def test_the_pairs_lean_each_way(folder, capsys):
