@@ -39,9 +39,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if __package__:  # this file was copied into a package
-    from .llama import Batch, Checkpoint, PairIds, add_vector, check_fit, length, pack
+    from .llama import Batch, Checkpoint, PairIds, add_vector, check_fit, length, pack, wide
 else:
-    from llama import Batch, Checkpoint, PairIds, add_vector, check_fit, length, pack
+    from llama import Batch, Checkpoint, PairIds, add_vector, check_fit, length, pack, wide
 
 # ---- The objective -------------------------------------------------------------------------------
 
@@ -87,15 +87,18 @@ def response_logps(model, layer, h: Tensor, batch: Batch, steer=None) -> Tensor:
 
 
 def pair_gradients(model, layer, pairs: list[CachedPair]) -> Tensor:
-    """g of each pair, (N, dim) in nats per unit of v, see `preference_gradient`."""
+    """g of each pair, (N, dim) in nats per unit of v, see `preference_gradient`. Raises ValueError
+    for no pairs."""
+    if not pairs:
+        raise ValueError("there are no pairs to differentiate")
     found = []
     for part in parts([pair.ids for pair in pairs]):
-        n_tokens = torch.tensor([len(pair.h) for pair in pairs[part]], device=model.device)
-        v = torch.zeros(len(n_tokens), model.config.dim, device=model.device, requires_grad=True)
-        v_of_token = v.repeat_interleave(n_tokens, dim=0)  # a pair's own v at each of its tokens
+        n_tokens = torch.tensor([len(pair.h) for pair in pairs[part]])
+        v = torch.zeros(len(n_tokens), model.config.dim, dtype=wide(pairs[0].h.dtype))
+        v = v.to(model.device).requires_grad_()  # a vector for each pair
+        v_of_token = v.repeat_interleave(n_tokens.to(model.device), dim=0)  # (T, dim)
         logps = steered_logps(model, layer, v_of_token, 1, pairs[part])
-        preference = logps[:, 0] - logps[:, 1]
-        found += torch.autograd.grad(preference.sum(), v)
+        found += torch.autograd.grad((logps[:, 0] - logps[:, 1]).sum(), v)
     return torch.cat(found)
 
 
@@ -390,6 +393,8 @@ DIRECTIONS = {"bipo": (-1, 1), "positive": (1, 1)}
 VECTOR = "vector.safetensors"  # the files in the folder of a run, beside one for each epoch
 STATE = "state.safetensors"
 LOG = "log.jsonl"
+LAYER_HELP = "the block that v is added after, from 0; of --method gradient also several, or all"
+METHOD_HELP = "positive: always d = +1; gradient: one backward pass instead of training"
 SAVE_EVERY = 20  # steps between two saves of what --resume reads; an epoch's end saves it too
 PROGRESS = "loss {loss:.4f}  lr {lr:.1e}  |v| {v_norm:.3f}"
 HELD_OUT = "d {:+d}: loss {loss:.4f}, margin {margin:+6.2f} nats, accuracy {accuracy:4.0%}"
@@ -418,14 +423,33 @@ def recipe_of(args):
         value = getattr(args, f.name)
         if value is not None:
             given[f.name] = value
-    return replace(PRESETS[args.preset], **given)
+    return replace(PRESETS[args.preset or "paper"], **given)
+
+
+def check_flags(args):
+    """Raises ValueError for flags that do not go together."""
+    if args.method == "gradient":
+        names = ["preset", *(f.name for f in fields(Recipe))]
+        given = [name for name in names if getattr(args, name) is not None]
+        if args.resume:
+            given.append("resume")
+        if given:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ValueError(f"--method gradient does not train, so leave out {flags}")
+    elif len(args.layer) > 1 or args.layer == ["all"]:
+        raise ValueError("a training has one --layer; all or several need --method gradient")
+
+
+def layer_or_all(text):
+    return text if text == "all" else int(text)
 
 
 def default_out(args):
     """runs/DATA-layerL[-METHOD]"""
     stem = Path(args.data.name.removesuffix(".gz")).stem
     method = "" if args.method == "bipo" else f"-{args.method}"
-    return Path("runs", f"{stem}-layer{args.layer}{method}")
+    layers = "-".join(str(layer) for layer in args.layer)
+    return Path("runs", f"{stem}-layer{layers}{method}")
 
 
 class PairSets(NamedTuple):
@@ -480,6 +504,23 @@ def locked(out):
         raise ValueError(f"--out {out} is in use by another process: name another folder") from None
     finally:
         os.close(folder)
+
+
+def stream_norm(pairs):
+    """|h|: the median norm of the residual stream over all tokens of CachedPairs but the first of
+    each, whose norm is larger by orders of magnitude."""
+    norms = [pair.h[1:].float().norm(dim=-1) for pair in pairs]
+    return torch.cat(norms).median().item()
+
+
+def scale_of(v, norm):
+    """The length of v, alone and beside the residual stream's."""
+    return f"{v.norm():.3f} ({v.norm() / norm:.2%} of |h|)"
+
+
+def print_held_out(title, report):
+    both = [HELD_OUT.format(d, **numbers) for d, numbers in report.items()]
+    print(title, *both, sep="  ", flush=True)
 
 
 class RunSoFar(NamedTuple):
@@ -548,8 +589,7 @@ def save_steps(steps, out, layer, settings, n_steps, so_far):
             progress(step.step, n_steps, PROGRESS.format(**row))
 
             if step.held_out:
-                both = [HELD_OUT.format(d, **numbers) for d, numbers in step.held_out.items()]
-                print(f"epoch {step.epoch:2}  held out", *both, sep="  ", flush=True)
+                print_held_out(f"epoch {step.epoch:2}  held out", step.held_out)
                 settings["epoch"] = str(step.epoch)
                 for name in (f"epoch_{step.epoch:02}.safetensors", VECTOR):
                     data.save_vector(out / name, {layer: step.v}, settings)
@@ -564,86 +604,219 @@ def save_steps(steps, out, layer, settings, n_steps, so_far):
     print(f"saved {VECTOR}, a file an epoch and {LOG} in {out}")
 
 
-def settings_of(args, recipe, opened, sets):
-    """What a run is printed and saved with, {name: text}: the metadata of its vectors."""
-    return {
-        "base_model": opened.name,
-        "model_type": opened.config.family,
-        "layer": str(args.layer),
-        "n_layers": str(opened.config.n_layers),
-        "template": opened.chat.template,
-        "system": opened.chat.system,
-        "tokenizer": opened.chat.tokenizer.name,
-        "method": args.method,
-        "preset": args.preset,
-        "recipe": json.dumps(asdict(recipe)),
-        "seed": str(args.seed),
-        "data": sets.description,
-        "device": opened.device.type,
-        "dtype": str(opened.dtype).removeprefix("torch."),
-    }
+class Setup(NamedTuple):
+    """What a run has before its long work."""
+
+    layers: list[int]
+    out: Path
+    settings: dict[str, str]  # printed, and saved as the metadata of the vectors
+    sets: PairSets
+    checkpoint: Checkpoint
+    rank: int  # of this process
+    n_processes: int
 
 
-def cache_pairs(checkpoint, layer, sets, share):
-    """The CachedPairs (of the training pairs, of the held-out ones); None stands for those of other
-    processes. share: the slice of all pairs that this process has."""
-    checkpoint.read(layer + 1, checkpoint.model.config.n_layers)
-    ids = sets.training + sets.held_out
-    progress = data.Progress("first pass")
-    cached = [None] * len(ids)
-    cached[share] = first_pass(checkpoint.model, layer, ids[share], checkpoint.hold, progress)
-    return cached[: len(sets.training)], cached[len(sets.training) :]
-
-
-def run(args):
+def set_up(args):
+    """The Setup of a command line. Finds everything that can be wrong, before any long work."""
+    check_flags(args)
     rank, n_processes = join_torchrun(args)
-
-    # 1. Everything that can be wrong, before any long work.
-    layer = args.layer
-    recipe = recipe_of(args)
     device_names = (args.device or "").split(",")
     args.device = device_names[0]
     opened = data.open_model(args)
     more_devices = [data.pick_device(name, args.dtype)[0] for name in device_names[1:]]
     config = opened.config
-    check_fit(config, [layer], 0)
+    layers = list(range(config.n_layers)) if args.layer == ["all"] else args.layer
+    check_fit(config, layers, 0)
     sets = read_sets(args, opened.chat, config.max_seq_len)
     checkpoint = Checkpoint(opened.path, opened.dtype, opened.device, more_devices)
-    settings = settings_of(args, recipe, opened, sets)
+
+    settings = {
+        "base_model": opened.name,
+        "model_type": config.family,
+        "layer": " ".join(str(layer) for layer in layers),
+        "n_layers": str(config.n_layers),
+        "template": opened.chat.template,
+        "system": opened.chat.system,
+        "tokenizer": opened.chat.tokenizer.name,
+        "method": args.method,
+        "seed": str(args.seed),
+        "data": sets.description,
+        "device": opened.device.type,
+        "dtype": str(opened.dtype).removeprefix("torch."),
+    }
+    if args.method == "gradient":
+        settings["unit"] = "multiplier 1 moves the mean margin by one nat, to first order"
+    else:
+        settings["preset"] = args.preset or "paper"
+        settings["recipe"] = json.dumps(asdict(recipe_of(args)))
     for name, value in settings.items():
         print(f"{name:10}  {value}".rstrip())
-    n_steps = recipe.epochs * math.ceil(len(sets.training) / recipe.batch_size)
+    out = args.out or default_out(args)
+    return Setup(layers, out, settings, sets, checkpoint, rank, n_processes)
+
+
+def run(args):
+    setup = set_up(args)
+    with locked(setup.out) if setup.rank == 0 else nullcontext():
+        if setup.rank == 0:
+            check_out(setup.out, args)
+        if args.method == "gradient":
+            run_gradient(setup)
+        else:
+            run_training(args, setup)
+
+
+def cache_pairs(setup):
+    """The CachedPairs (of the training pairs, of the held-out ones) of a run with one layer. None
+    stands for those of other processes."""
+    (layer,) = setup.layers
+    checkpoint = setup.checkpoint
+    checkpoint.read(layer + 1, checkpoint.model.config.n_layers)
+    ids = setup.sets.training + setup.sets.held_out
+    share = slice(setup.rank, None, setup.n_processes)
+    progress = data.Progress("first pass")
+    cached = [None] * len(ids)
+    cached[share] = first_pass(checkpoint.model, layer, ids[share], checkpoint.hold, progress)
+    n_training = len(setup.sets.training)
+    return cached[:n_training], cached[n_training:]
+
+
+# ---- Training: --method bipo and positive
+
+
+def run_training(args, setup):
+    """Learn the vector as Algorithm 1 does, and save it after each epoch."""
+    (layer,) = setup.layers
+    recipe = recipe_of(args)
+    n_steps = recipe.epochs * math.ceil(len(setup.sets.training) / recipe.batch_size)
     if recipe.warmup_steps >= n_steps:
         print(f"note: all {n_steps} steps are warm-up; lower --warmup-steps below that")
+    model = setup.checkpoint.model
+    so_far = open_run(setup.out, setup.settings, model.config.dim, args.resume)
+    pairs, held_out = cache_pairs(setup)
 
-    out = args.out or default_out(args)
-    with locked(out) if rank == 0 else nullcontext():
-        if rank == 0:
-            check_out(out, args)
-        so_far = open_run(out, settings, config.dim, args.resume)
+    steps = train(
+        model,
+        layer,
+        pairs,
+        held_out,
+        recipe,
+        batches=draw_batches(len(pairs), recipe, args.seed, DIRECTIONS[args.method]),
+        after=(so_far.steps_done, so_far.state),
+        names=setup.sets.sources,
+        split=setup.n_processes > 1,
+    )
+    if setup.rank == 0:
+        start_run(setup.out, so_far)  # under --overwrite the old vector stays until here
+        save_steps(steps, setup.out, layer, setup.settings, n_steps, so_far)
+    else:
+        for _ in steps:
+            pass
 
-        # 2. What does not depend on v. The blocks up to the layer come one at a time, those above
-        # it stay.
-        pairs, held_out = cache_pairs(checkpoint, layer, sets, slice(rank, None, n_processes))
 
-        # 3. The vector. Under --overwrite the old one stays until it is replaced.
-        steps = train(
-            checkpoint.model,
-            layer,
-            pairs,
-            held_out,
-            recipe,
-            batches=draw_batches(len(pairs), recipe, args.seed, DIRECTIONS[args.method]),
-            after=(so_far.steps_done, so_far.state),
-            names=sets.sources,
-            split=n_processes > 1,
+# ---- One backward pass: --method gradient
+
+
+class OnePass(NamedTuple):
+    """What one forward and one backward pass over pairs say of some layers."""
+
+    gradients: Tensor  # (layers, N, dim), g of each pair, see `preference_gradient`
+    stream_norms: list[float]  # the median of |h| after each layer
+
+
+def pass_at_one_layer(model, layer, pairs):
+    """The OnePass of CachedPairs, through the blocks above the layer."""
+    progress = data.Progress("backward pass")
+    gradients = [torch.zeros(0, model.config.dim, device=model.device)]
+    for part in parts([pair.ids for pair in pairs]):
+        gradients.append(pair_gradients(model, layer, pairs[part]))
+        progress(part.stop, len(pairs))
+    return OnePass(torch.cat(gradients)[None], [stream_norm(pairs)])
+
+
+def pass_at_layers(model, layers, ids, what):
+    """The OnePass of PairIds, through the whole model. A vector that is added after a block has as
+    its gradient the sum of the residual stream's gradients there, so that one pass gives all."""
+    progress = data.Progress(what)
+    gradients = [torch.zeros(len(layers), 0, model.config.dim, device=model.device)]
+    norms = {layer: [] for layer in layers}  # of the tokens
+    for part in parts(ids):
+        batch = pack(ids[part], model.device)
+        n_tokens = torch.tensor([length(pair) for pair in ids[part]], device=model.device)
+        v = torch.zeros(len(layers), len(n_tokens), model.config.dim, device=model.device)
+        v.requires_grad_()
+
+        h = model.embed(batch.tokens)
+        block = 0
+        for v_of_pair, layer in zip(v, layers, strict=True):
+            h = model.blocks(h, block, layer + 1, batch.positions, batch.masks)
+            norms[layer].append(h[batch.positions > 0].detach().float().norm(dim=-1))
+            h = add_vector(h, v_of_pair.repeat_interleave(n_tokens, dim=0))
+            block = layer + 1
+        logps = response_logps(model, layers[-1], h, batch)
+        gradients += torch.autograd.grad((logps[:, 0] - logps[:, 1]).sum(), v)
+        progress(part.stop, len(ids))
+    medians = [torch.cat(norms[layer]).median().item() for layer in layers]
+    return OnePass(torch.cat(gradients, dim=1), medians)
+
+
+def run_gradient(setup):
+    """Save v = g / |g|^2 at each layer, and print how it does on the held-out pairs."""
+    model = setup.checkpoint.model
+    layers = setup.layers
+    split = setup.n_processes > 1
+    share = slice(setup.rank, None, setup.n_processes)
+    if len(layers) == 1:
+        pairs, held_out = cache_pairs(setup)
+        one_pass = pass_at_one_layer(model, layers[0], pairs[share])
+    else:
+        setup.checkpoint.read(-1, model.config.n_layers)
+        one_pass = pass_at_layers(model, layers, setup.sets.training[share], "backward pass")
+
+    # The sums over all pairs, also those of other processes.
+    n_pairs = len(setup.sets.training)
+    total = summed(one_pass.gradients.sum(1), split)  # (layers, dim)
+    of_others = total[:, None] - one_pass.gradients  # (layers, N, dim)
+    pulls = (one_pass.gradients * of_others).sum(-1) > 0  # (layers, N)
+    agreement = (summed(pulls.sum(1), split) / n_pairs).tolist()
+    g = total / n_pairs
+    v = g / g.square().sum(-1, keepdim=True)
+    if not v.isfinite().all():
+        raise ValueError("the gradient is 0 or not finite; try another dtype or other pairs")
+
+    norms = dict(zip(layers, one_pass.stream_norms, strict=True))
+    if len(layers) == 1:
+        print(f"|g| {g.norm():.3f} nats per unit  |v| {scale_of(v[0], norms[layers[0]])}")
+        print(f"{agreement[0]:.0%} of the pairs pull in the direction of the others")
+        print_held_out("held out", evaluate(model, layers[0], v[0], held_out, PAPER.beta, split))
+    else:
+        held_out = pass_at_layers(model, layers, setup.sets.held_out[share], "held-out pairs")
+        margins = (held_out.gradients * v[:, None]).sum(-1)  # (layers, N), to first order
+        sums = torch.stack([margins.sum(1), (margins > 0).sum(1)])
+        print_layers(layers, v, norms, agreement, summed(sums, split) / len(setup.sets.held_out))
+
+    if setup.rank == 0:
+        more = {"stream_norms": json.dumps(norms)}
+        if len(layers) > 1:
+            more["alternatives"] = "a vector for each layer, of which --layer takes one"
+        data.save_vector(
+            setup.out / VECTOR, dict(zip(layers, v, strict=True)), setup.settings | more
         )
-        if rank == 0:
-            start_run(out, so_far)
-            save_steps(steps, out, layer, settings, n_steps, so_far)
-        else:
-            for _ in steps:
-                pass
+        print(f"saved {setup.out / VECTOR}")
+
+
+def print_layers(layers, v, norms, agreement, held_out):
+    """One row a layer, and which to try first. held_out: (2, layers), the mean margin in nats at
+    multiplier 1 and the share of pairs that v moves the right way, both to first order."""
+    print("layer      |v|      |h|  |v|/|h|  agreement  held-out margin  moved right")
+    ratios = {}
+    for i, layer in enumerate(layers):
+        ratios[layer] = (v[i].norm() / norms[layer]).item()
+        sizes = f"{layer:5} {v[i].norm():8.3f} {norms[layer]:8.2f} {ratios[layer]:8.2%}"
+        margin, moved_right = held_out[:, i].tolist()
+        print(f"{sizes} {agreement[i]:10.0%} {margin:+16.2f} {moved_right:12.0%}")
+    best = min(ratios, key=ratios.get)
+    print(f"layer {best} has the smallest |v|/|h|: try it first")
 
 
 def main(argv=None):
@@ -664,9 +837,9 @@ def main(argv=None):
     add("--resume", action="store_true", help="go on with the run in --out, if there is one")
 
     add = parser.add_argument_group("training (flags win over the preset)").add_argument
-    add("--layer", type=int, required=True, help="the block that v is added after, from 0")
-    add("--method", choices=DIRECTIONS, default="bipo", help="positive: always d = +1")
-    add("--preset", choices=PRESETS, default="paper", help="default: paper")
+    add("--layer", type=layer_or_all, nargs="+", required=True, help=LAYER_HELP)
+    add("--method", choices=[*DIRECTIONS, "gradient"], default="bipo", help=METHOD_HELP)
+    add("--preset", choices=PRESETS, help="default: paper")
     add("--seed", type=int, default=0, help="random seed of the split, the pairs' order and d")
     for f in fields(Recipe):
         add(f"--{f.name.replace('_', '-')}", type=f.type, help=f.metadata["help"])
