@@ -1,19 +1,23 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "experiments")]
 
 import bipo  # noqa: E402
 import data  # noqa: E402
 import llama  # noqa: E402
 
+# What git leaves of a file that Git LFS holds.
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 MINI, TINY = ROOT / "tests" / "golden" / "mini", ROOT / "tests" / "tiny"
 
 
@@ -38,6 +42,16 @@ def assert_one_line(code, err, *parts):
     assert code == 2 and err.count("\n") == 1 and "Traceback" not in err, (code, err)
     for part in parts:
         assert part in err, (part, err)
+
+
+def refused(reader, *parts):
+    """A ValueError that holds every part, soon."""
+    began = time.time()
+    with pytest.raises(ValueError) as e:
+        reader()
+    for part in parts:
+        assert part in str(e.value)
+    assert time.time() - began < 10
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -90,6 +104,20 @@ def mini_pairs(mini):
 def vector():
     """A vector of mini's width that is far from 0."""
     return torch.randn(32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def vector_file(tmp_path, vector):
+    """That vector at layer 1, as of another model and with its own template and system prompt."""
+    metadata = {"base_model": "other", "n_layers": "4", "template": "mistral", "system": "Be odd."}
+    data.save_vector(tmp_path / "v.safetensors", {1: vector}, metadata)
+    return tmp_path / "v.safetensors"
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    """A copy of golden/mini, to be changed."""
+    return shutil.copytree(MINI, tmp_path / "model")
 
 
 def jsonl(path, *rows):

@@ -1,9 +1,11 @@
-"""How fast and how small this is, beside the usual way, on this machine.
+"""How fast and how small is this, beside the usual ways, on this machine?
 
-    python tests/bench.py                          # make bench: tables and runs/bench.json
-    python tests/bench.py --parts steps --sizes 15M
-    python tests/bench.py --parts phases --sizes 7B --dtype bfloat16 --folder runs/random-7b
-    python tests/bench.py --device cuda            # make bench DEVICE=cuda: a 7B in bf16
+    make bench                 # prints tables, writes runs/bench.json
+    make bench DEVICE=cuda     # a 7B in bf16
+    python tests/experiments/bench.py --parts steps --sizes 15M
+    python tests/experiments/bench.py --parts phases --sizes 7B --dtype bfloat16 --folder runs/7b
+
+The parts:
 
 steps: training beside the official way, which is what CaoYuanpu/BiPO @cef1d00 does in a step, in
     transformers: two models, one of them with d * v added after block L; chosen and rejected of a
@@ -19,8 +21,9 @@ complexity: seconds per step against layer, batch size, response length and mode
 phases: what bipo.py does, streaming from the checkpoint: seconds of each phase, peak memory.
 full: 20 epochs over 642 pairs, end to end.
 
-The tables are printed and, where tests/RESULTS.md is there, put between its lines `<!-- bench -->`
-(on a GPU `<!-- bench cuda -->`) and `<!-- end -->`, unless only some parts or sizes are asked for.
+The tables are printed. Unless only some parts or sizes are asked for, they are also put into
+RESULTS.md, where it is there, between its lines `<!-- bench -->` (on a GPU `<!-- bench cuda -->`)
+and `<!-- end -->`.
 
 The checkpoints are random and made here. The pairs have the lengths of the official power-seeking
 data: prompt 86 tokens on average and 253 at most, chosen 24 and 121, rejected 25 and 119.
@@ -44,7 +47,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from bipo import Recipe, draw_batches, first_pass, lr_at, train
 from llama import Checkpoint, Llama, PairIds, generate, hf_name, length, load, read_config
 

@@ -1,6 +1,7 @@
 """bipo.py as a user runs it: what it writes and prints, and how it refuses."""
 
 import argparse
+import gzip
 import json
 import math
 import re
@@ -10,6 +11,7 @@ from dataclasses import asdict, fields, replace
 import pytest
 import torch
 from conftest import MINI, assert_one_line, jsonl, run_cli
+from small_tokenizers import BYTE_LEVEL, TEMPLATE_FILES, model_config, write_tokenizer_json
 
 import bipo
 from bipo import PRESETS, Recipe, first_pass, train
@@ -176,7 +178,6 @@ def test_pairs_of_2048_tokens(tmp_path):
 
 # ---- flags
 
-
 OTHER_RECIPE = dict(
     beta=0.2, lr=0.01, batch_size=3, weight_decay=0.5, warmup_steps=1, epochs=2,
     schedule_epochs=9, clip_norm=0.01,
@@ -328,7 +329,7 @@ def test_a_user_error_is_one_line_on_stderr():
         (["--model", "EMPTY"], ["config.json"]),
         (["--layer", 4], ["layer 4", "0..3"]),
         (["--layer", -1], ["layer -1", "0..3"]),
-        (["--layer", "x"], ["--layer: invalid int value: 'x'"]),
+        (["--layer", "x"], ["--layer: invalid layer_or_all value: 'x'"]),
         (["--method", "mean"], ["invalid choice: 'mean'", "positive"]),
         (["--preset", "mean"], ["invalid choice: 'mean'", "official"]),
         (["--data", "EMPTY/none.csv"], ["none.csv"]),
@@ -399,3 +400,56 @@ def test_a_fault_of_ours_is_not_dressed_up(tmp_path, monkeypatch):
     monkeypatch.setattr(bipo.Checkpoint, "read", read)
     with pytest.raises(RuntimeError, match="a fault of ours"):
         run_main(*SETS, *SHORT, "--out", tmp_path)
+
+
+# ---- how files are read and a run is named
+
+
+def test_training_reports_how_its_files_were_read(tmp_path, capsys, fails):
+    pairs = [{"prompt": f"Lead, Sir {i}?", "chosen": "Yes.", "rejected": "No."} for i in range(4)]
+    data = jsonl(tmp_path / "x.jsonl", *pairs, pairs[0])
+    args = ["--model", MINI, "--data", data, "--system", "", "--out", tmp_path / "run"]
+    train = ["--layer", 1, "--epochs", 1, "--warmup-steps", 0, "--val", data]
+    bipo.main([str(x) for x in (*args, *train)])
+    line = f"read 4 pairs from {data}, dropped 1 duplicate; columns not used: []\n"
+    assert capsys.readouterr().out.count(line) == 2
+    data.write_text(data.read_text() + '{"prompt": "q"}\n')
+    fails(bipo.main, [*args, *train], f"{data}:6", "bad records: 1; --skip-bad drops them")
+    bipo.main([str(x) for x in (*args, *train, "--overwrite", "--skip-bad")])
+    assert f"from {data}, dropped 1 duplicate, 1 no columns" in capsys.readouterr().out
+
+
+def test_a_run_is_named_after_its_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pairs = [{"prompt": x, "chosen": "Yes.", "rejected": "No."} for x in "pq"]
+    content = jsonl(tmp_path / "my.pairs.jsonl", *pairs).read_bytes()
+    (tmp_path / "my.pairs.jsonl.gz").write_bytes(gzip.compress(content))
+    bipo.main(
+        ["--model", str(MINI), "--data", "my.pairs.jsonl.gz", "--layer", "1", "--epochs", "1"]
+    )
+    assert (tmp_path / "runs" / "my.pairs-layer1" / "vector.safetensors").is_file()
+
+
+def test_a_vector_knows_its_tokenizer_template_and_system_prompt(tmp_path):
+    model = tmp_path / "model"
+    write_tokenizer_json(model, TEMPLATE_FILES["smollm2"], *BYTE_LEVEL["smollm2"])
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(MINI / name, model)
+    rows = [{"prompt": x, "chosen": "Yes, gladly.", "rejected": "No."} for x in ("Lead?", "Go?")]
+    data = jsonl(tmp_path / "x.jsonl", *rows)
+    args = ["--model", model, "--data", data, "--val", data, "--layer", 1, "--epochs", 1]
+    for name, more in (("a", []), ("b", ["--system", "Be brief."])):
+        bipo.main([str(x) for x in (*args, "--out", tmp_path / name, *more)])
+        _, metadata = load_vector(tmp_path / name)
+        chat = open_chat(model, model_config(), metadata["template"], metadata.get("system"))
+        assert metadata["template"] == chat.template and chat.template.startswith("own ")
+        assert metadata.get("system") == chat.system == (more[1] if more else None)
+        assert metadata["tokenizer"] == chat.tokenizer.name
+
+
+def test_a_wrong_template_is_one_line(tmp_path, fails):
+    args = "--model", MINI, "--data", MINI / "train.csv", "--layer", 1, "--out", tmp_path / "x"
+    for name in ("tpyo", "own", "chatml"):
+        fails(bipo.main, (*args, "--template", name), "no template", "llama-2, mistral, vicuna")
+    fails(bipo.main, (*args, "--template", tmp_path / "no.jinja"), "cannot read", "no.jinja")
+    assert not (tmp_path / "x").exists()
