@@ -329,7 +329,7 @@ def test_as_a_script(monkeypatch, capsys):
         (["--model", "EMPTY"], ["config.json"]),
         (["--layer", 4], ["layer 4", "0..3"]),
         (["--layer", -1], ["layer -1", "0..3"]),
-        (["--layer", "x"], ["--layer: invalid int value: 'x'"]),
+        (["--layer", "x"], ["--layer: invalid layer_or_all value: 'x'"]),
         (["--method", "mean"], ["invalid choice: 'mean'", "positive"]),
         (["--preset", "mean"], ["invalid choice: 'mean'", "official"]),
         (["--data", "EMPTY/none.csv"], ["none.csv"]),
