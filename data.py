@@ -866,7 +866,21 @@ def open_model(args):
     path, name = find_model(args.model)
     config = read_config(path)
     chat = open_chat(path, config, args.template, args.system)
-    return path, name, config, chat, *pick_device(args.device, args.dtype)
+    return OpenModel(path, name, config, chat, *pick_device(args.device, args.dtype))
+
+
+class OpenModel(NamedTuple):
+    path: Path
+    name: str
+    config: object
+    chat: object
+    device: object
+    dtype: object
+
+
+def encode_pairs(chat, pairs, max_seq_len, skip_bad=False):
+    ids = [chat.encode_pair(pair, max_seq_len) for pair in pairs]
+    return pairs, ids
 
 
 def read_sets(args, chat, max_seq_len):
