@@ -447,7 +447,7 @@ def parse_json(text: str):
     try:
         return json.loads(text)
     except RecursionError:
-        raise ValueError("it is nested too deeply: maximum recursion depth exceeded") from None
+        raise ValueError("it is nested too deeply") from None
 
 
 def read_json(file: Path) -> dict:
