@@ -6,10 +6,11 @@ import re
 import pytest
 import reproduce
 from conftest import ROOT
+from reports import put
 
 from eval import Mean
 
-RESULTS = (ROOT / "tests" / "experiments" / "RESULTS.md").read_text(encoding="utf-8")
+RESULTS = reproduce.RESULTS.read_text(encoding="utf-8")
 NAMES = "curve measures baselines synergy transfer quality layers".split()
 
 
@@ -30,13 +31,13 @@ def test_the_picture_shows_what_the_table_does():
 
 def test_tables_are_put_into_their_places():
     text = "a\n<!-- x -->\nold\n<!-- end -->\nb\n<!-- layers -->\n\n<!-- end -->\n"
-    text = reproduce.put(text, "layers", ["train layer-0"], "| t |")
-    text = reproduce.put(text, "x", [], "| new |")
+    text = put(text, "layers", reproduce.below(["train layer-0"], "| t |"))
+    text = put(text, "x", "| new |")
     command = f"```\npython {reproduce.COMMANDS['train layer-0']}\n```"
     first = "a\n<!-- x -->\n| new |\n<!-- end -->\nb\n"
     assert text == f"{first}<!-- layers -->\n{command}\n\n| t |\n<!-- end -->\n"
-    with pytest.raises(AssertionError, match="no place for y"):
-        reproduce.put(text, "y", [], "")
+    with pytest.raises(ValueError, match="no lines <!-- y -->"):
+        put(text, "y", "")
 
 
 def test_tables_are_read_as_they_were_written(tmp_path, monkeypatch):
