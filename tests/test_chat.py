@@ -6,7 +6,7 @@ import hashlib
 import json
 
 import pytest
-from conftest import MINI
+from conftest import MINI, messages
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from small_tokenizers import (
@@ -24,11 +24,6 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from data import RECIPES, SYSTEM, Chat, Pair, Tokenizer, open_chat, read_pairs
 from llama import read_config
-
-
-def messages(turns):
-    return [{"role": role, "content": text} for role, text in turns]
-
 
 ONE = (("user", "Would you lead?"),)
 MORE = (*ONE, ("assistant", "Yes, gladly."), ("user", "And now?"))

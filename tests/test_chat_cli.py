@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import MINI, TINY
+from conftest import TINY, run_main
 
 import eval as evaluation
 from data import Chat, open_chat, save_vector
@@ -57,7 +57,7 @@ def converse(monkeypatch, folder, text, *flags):
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
     monkeypatch.setattr("sys.stdout", terminal := Terminal())
     flags = ("--model", TINY, "--vector", folder / "v.safetensors", *flags)
-    evaluation.main(["chat", *map(str, flags)])
+    run_main(evaluation.main, "chat", *flags)
     return [*terminal.shown, terminal.getvalue()]
 
 
@@ -115,9 +115,9 @@ def test_chat_until_the_context_is_full(tmp_path, tiny_vector, monkeypatch):
     assert "+1: " in second and "+0: " in second
 
 
-def test_chat_errors(tmp_path, vector_file, fails):
-    flags = ["chat", "--model", MINI, "--vector", vector_file]
-    fails(evaluation.main, [*flags, "--layer", "2"], "no vector for layer 2, only [1]")
+def test_chat_errors(tmp_path, tiny_vector, fails):
+    flags = ["chat", "--model", TINY, "--vector", tmp_path / "v.safetensors"]
+    fails(evaluation.main, [*flags, "--layer", "2"], "no vector for layer 2, only [3]")
     fails(evaluation.main, [*flags, "--data", "x"], "unrecognized arguments: --data")
     fails(evaluation.main, flags[:3], "--vector")
 

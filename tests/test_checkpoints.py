@@ -10,18 +10,13 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from conftest import MINI, refused
+from conftest import MINI, refused, tokens_of
 from safetensors.torch import load_file, save_file
 from small_tokenizers import model_config
 
 import llama
 from data import ALIASES, Tokenizer, find_model, open_chat
 from llama import Config, Llama, load, parse_config, read_config
-
-
-def tokens_of(*shape):
-    return torch.randint(3, 120, shape, generator=torch.Generator().manual_seed(0))
-
 
 # ---- models by name
 

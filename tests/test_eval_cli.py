@@ -2,12 +2,13 @@
 
 import json
 import re
+import runpy
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import MINI, jsonl, run_cli
+from conftest import MINI, MMLU, ROOT, jsonl, logp, run_main
 
 import bipo
 import eval as evaluation
@@ -32,29 +33,20 @@ from eval import (
 )
 from llama import load
 
-M = [-2, -0.5, 0, 1]
-
-
-def logp(model, prompt, response, steer):
-    rows = logps_of(model, prompt, response, steer)
-    return rows.gather(-1, torch.tensor(response)[:, None]).sum().item()
-
-
-def logps_of(model, prompt, response, steer):
-    """Of each token of the response, (len(response), vocab_size): one unpacked sequence."""
-    tokens = torch.tensor([prompt + response])
-    return model(tokens, steer=steer).log_softmax(-1)[0, len(prompt) - 1 : -1]
-
-
-MMLU = '"Two, and ""two""?",1,2,4,8,C\nRed?,yes,no,maybe,"a, b",A\n'
-
-
 EVAL = ("--model", MINI, "--data", MINI / "test.csv")
+
+
+@pytest.fixture
+def vector_file(tmp_path, vector):
+    """That vector at layer 1, as of another model and with its own template and system prompt."""
+    metadata = {"base_model": "other", "n_layers": "4", "template": "mistral", "system": "Be odd."}
+    save_vector(tmp_path / "v.safetensors", {1: vector}, metadata)
+    return tmp_path / "v.safetensors"
 
 
 def evaluate(tmp_path, *flags):
     """What the command line writes as JSON: {title: rows}, answers, settings."""
-    evaluation.main([str(x) for x in (*flags, "--json", tmp_path / "eval.json")])
+    run_main(evaluation.main, *flags, "--json", tmp_path / "eval.json")
     result = json.loads((tmp_path / "eval.json").read_text())
     return result["tables"], result["answers"], result["settings"]
 
@@ -64,9 +56,11 @@ def assert_same(rows, expected):
     assert rows == json.loads(json.dumps(expected))
 
 
-def test_as_a_script():
-    code, out, err = run_cli("eval.py", "pairs", "--help")
-    assert code == 0 and "--questions" in out, err
+def test_as_a_script(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["eval.py", "pairs", "--help"])
+    with pytest.raises(SystemExit) as e:
+        runpy.run_path(str(ROOT / "eval.py"), run_name="__main__")
+    assert e.value.code == 0 and "--questions" in capsys.readouterr().out
 
 
 def test_command_line(tmp_path, vector_file, vector, capsys):
@@ -326,7 +320,7 @@ def test_what_each_vector_was_trained_with(tmp_path, vector_file, vector, capsys
     other = tmp_path / "o.safetensors"
     save_vector(other, {1: vector}, {"system": "Be kind.", "base_model": "mini"})
     flags = [*EVAL, "--vector", vector_file, other, "--samples", 0, "--multipliers", 0]
-    evaluation.main([str(x) for x in flags])
+    run_main(evaluation.main, *flags)
     out = capsys.readouterr().out
     assert "note: its system in training was 'Be kind.', this is 'Be odd.'" in out
     assert out.count("note: ") == 2
@@ -334,7 +328,7 @@ def test_what_each_vector_was_trained_with(tmp_path, vector_file, vector, capsys
 
 def test_flags_win_over_the_vector_file(vector_file, capsys):
     flags = ["--template", "llama-2", "--system", "", "--samples", "0", "--dtype", "bfloat16"]
-    evaluation.main([str(x) for x in (*EVAL, "--vector", vector_file, *flags)])
+    run_main(evaluation.main, *EVAL, "--vector", vector_file, *flags)
     printed = capsys.readouterr().out
     assert "llama-2 template, system ''" in printed and "bfloat16" in printed
 
@@ -384,7 +378,7 @@ def test_open_vector_reads_what_bipo_wrote(tmp_path):
     pairs = [{"prompt": f"q{i}", "chosen": "yes", "rejected": "no"} for i in range(4)]
     data = jsonl(tmp_path / "pairs.jsonl", *pairs)
     args = ["--model", MINI, "--data", data, "--layer", 2, "--system", "Short.", "--epochs", 1]
-    bipo.main([str(x) for x in (*args, "--warmup-steps", 0, "--out", tmp_path / "run")])
+    run_main(bipo.main, *args, "--warmup-steps", 0, "--out", tmp_path / "run")
     steer, metadata = open_vector(tmp_path / "run", load(MINI).config)
     assert list(steer) == [2] and steer[2].shape == (32,) and metadata["system"] == "Short."
     assert json.loads(metadata["recipe"])["epochs"] == 1

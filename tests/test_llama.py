@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from conftest import MINI
+from conftest import MINI, tokens_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama
@@ -41,10 +41,6 @@ def twins(request, tmp_path):
             weight.uniform_(0.5, 1.5)
     theirs.save_pretrained(tmp_path)
     return theirs, load(tmp_path)
-
-
-def tokens_of(*shape):
-    return torch.randint(3, 120, shape, generator=torch.Generator().manual_seed(0))
 
 
 # ---- the same numbers as transformers
@@ -282,9 +278,13 @@ def test_equal_prompts_run_once_up_to_the_first_steered_layer(mini, vector, stee
     model, _ = mini
     prompts = [[1, 5, 9, 8], [1, 7], [1, 5, 9, 8], [1, 5, 9, 8]]
     rows = []
-    for block in model.layers:
+    hooks = [
         block.register_forward_hook(lambda block, args, out: rows.append(len(out)))
+        for block in model.layers
+    ]
     generate(model, prompts, 1, eos_id=-1, steer={layer: vector for layer in steered})
+    for hook in hooks:
+        hook.remove()
     assert rows == [1] * runs_once + [3] * (4 - runs_once) + [1] * 4  # one prompt, the other
 
 

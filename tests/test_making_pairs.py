@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, jsonl
+from conftest import ROOT, TINY, jsonl, messages
 from make_tiny import side_shown
 
 import data
@@ -42,10 +42,6 @@ def made(*more):
     Path("out/pairs.jsonl").unlink(missing_ok=True)
     evaluation.main(command(*more))
     return [pair[:3] for pair in read_pairs("out/pairs.jsonl")]
-
-
-def messages(turns):
-    return [{"role": role, "content": text} for role, text in turns]
 
 
 def test_the_pairs_lean_each_way(folder, capsys):
@@ -152,24 +148,37 @@ def pairs_command(out, n):
 
 def test_pairs_go_on_where_they_stopped(tmp_path, monkeypatch, capsys, fails):
     out = tmp_path / "pairs.jsonl"
-    evaluation.main(pairs_command(out, 20))
-    whole, generate, calls = out.read_text(), evaluation.generate, []
-    monkeypatch.setattr(evaluation, "MAX_CACHE", 0)  # one question at a time
+    generate, answer_to = evaluation.generate, {}
 
-    def stops(*args):
-        calls.append(args)
-        if len(calls) > 34:
+    def remember(model, prompts, *how):
+        rows = generate(model, prompts, *how)
+        answer_to.update(zip(map(tuple, prompts), rows, strict=True))
+        return rows
+
+    monkeypatch.setattr(evaluation, "generate", remember)
+    evaluation.main(pairs_command(out, 20))
+    whole = out.read_text()
+    assert len(whole.splitlines()) == 20
+
+    calls = []
+
+    def repeat(model, prompts, *how):
+        calls.append(prompts)
+        if len(calls) == 35:
             raise KeyboardInterrupt
-        return generate(*args)
+        return [answer_to[tuple(prompt)] for prompt in prompts]
 
     out.unlink()
-    monkeypatch.setattr(evaluation, "generate", stops)
+    monkeypatch.setattr(evaluation, "generate", repeat)
+    monkeypatch.setattr(evaluation, "MAX_CACHE", 0)  # one question at a time
     with pytest.raises(SystemExit) as e:
         evaluation.main(pairs_command(out, 20))
     assert e.value.code == 130 and out.read_text() == "".join(whole.splitlines(True)[:16])
-    calls[:] = []
+
+    calls.clear()
     evaluation.main(pairs_command(out, 20))
     assert len(calls) == 8 and out.read_text() == whole
+
     capsys.readouterr()
     fails(evaluation.main, [*pairs_command(out, 20), "--for", "Else."], "pairs of these settings")
     jsonl(out, {"prompt": "a", "chosen": "b", "rejected": "c"})

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import MINI, jsonl
+from conftest import MINI, MMLU, jsonl, logp, logps_of
 
 import bipo
 import eval as evaluation
@@ -38,9 +38,9 @@ from llama import generate
 M = [-2, -0.5, 0, 1]
 
 
-@pytest.fixture
-def mini_pairs(mini):
-    """mini's training pairs after the first pass below layer 1, the lowest that is steered here."""
+@pytest.fixture(scope="module")
+def pairs_at_0(mini):
+    """Its training pairs after the first pass, layer 0: the tests here steer layer 1 and above."""
     model, chat = mini
     ids = [chat.encode_pair(pair) for pair in read_pairs(MINI / "train.csv")]
     return bipo.first_pass(model, 0, ids)
@@ -49,17 +49,6 @@ def mini_pairs(mini):
 def rendered(chat, text):
     """The llama-2 template without its control tokens."""
     return f"[INST] <<SYS>>\n{chat.system}\n<</SYS>>\n\n{text} [/INST]"
-
-
-def logps_of(model, prompt, response, steer):
-    """Of each token of the response, (len(response), vocab_size): one unpacked sequence."""
-    tokens = torch.tensor([prompt + response])
-    return model(tokens, steer=steer).log_softmax(-1)[0, len(prompt) - 1 : -1]
-
-
-def logp(model, prompt, response, steer):
-    rows = logps_of(model, prompt, response, steer)
-    return rows.gather(-1, torch.tensor(response)[:, None]).sum().item()
 
 
 # ---- numbers with their spread
@@ -96,22 +85,22 @@ def test_an_interval_holds_its_mean():
 
 
 @pytest.mark.parametrize("layers", [[1], [1, 2]])
-def test_pair_scores_by_hand(mini, mini_pairs, vector, layers):
+def test_pair_scores_by_hand(mini, pairs_at_0, vector, layers):
     model, _ = mini
     steer = {layer: vector.roll(layer) for layer in layers}
-    table = pair_scores(model, 0, steer, mini_pairs, M)
-    assert table.shape == (len(M), len(mini_pairs), 2)
+    table = pair_scores(model, 0, steer, pairs_at_0, M)
+    assert table.shape == (len(M), len(pairs_at_0), 2)
     for m, rows in zip(M, table, strict=True):
         scaled = {layer: m * v for layer, v in steer.items()}
-        for row, (prompt, *responses) in zip(rows, (pair.ids for pair in mini_pairs), strict=True):
+        for row, (prompt, *responses) in zip(rows, (pair.ids for pair in pairs_at_0), strict=True):
             expected = [logp(model, prompt, response, scaled) for response in responses]
             assert row == pytest.approx(expected, abs=1e-3)
 
 
-def test_pair_scores_from_the_embedding_and_from_lower_layers(mini, mini_pairs, vector):
+def test_pair_scores_from_the_embedding_and_from_lower_layers(mini, pairs_at_0, vector):
     """The first pass may end at any layer below; for layer 0 it is the embedding alone."""
     model, _ = mini
-    ids = [pair.ids for pair in mini_pairs]
+    ids = [pair.ids for pair in pairs_at_0]
     for layer, lower in ((0, [-1]), (2, [-1, 0, 1])):
         tables = []
         for low in lower:
@@ -124,8 +113,8 @@ def test_pair_scores_from_the_embedding_and_from_lower_layers(mini, mini_pairs, 
         assert tables[0][0, 0, 0] == pytest.approx(by_hand, abs=1e-3)
 
 
-def test_pair_rows_by_hand(mini_pairs):
-    pairs = [pair._replace(ref_logps=torch.tensor([-10.0, -12.0])) for pair in mini_pairs[:3]]
+def test_pair_rows_by_hand(pairs_at_0):
+    pairs = [pair._replace(ref_logps=torch.tensor([-10.0, -12.0])) for pair in pairs_at_0[:3]]
     logps = np.array([[[-9, -12], [-8, -13], [-11, -10]], [[-10, -12], [-10, -11], [-10, -10.5]]])
     up, down = pair_rows(logps, pairs, [2, -1], "aab")
     # gains: (1, 0), (2, -1), (-1, 2): margins 1, 3, -3; at -1: 0, (0, 1) -1, (0, 1.5) -1.5
@@ -158,15 +147,15 @@ def test_slopes_by_hand():
     assert other["anti_steerable"].value == pytest.approx((2 / 3 + 0) / 2)
 
 
-def test_zero_vector_and_mirror(mini, mini_pairs, vector):
+def test_zero_vector_and_mirror(mini, pairs_at_0, vector):
     model, _ = mini
-    questions = [pair.ids.prompt[-1] for pair in mini_pairs]
-    flat = pair_scores(model, 0, {1: 0 * vector}, mini_pairs, M)
+    questions = [pair.ids.prompt[-1] for pair in pairs_at_0]
+    flat = pair_scores(model, 0, {1: 0 * vector}, pairs_at_0, M)
     assert np.abs(slopes(flat, M)).max() < 1e-6
-    for row in pair_rows(flat, mini_pairs, M, questions):
+    for row in pair_rows(flat, pairs_at_0, M, questions):
         assert abs(row["margin"].value) <= 1e-3
-    here = pair_scores(model, 0, {1: vector}, mini_pairs, [-1, 0, 1])
-    there = pair_scores(model, 0, {1: -vector}, mini_pairs, [1, 0, -1])
+    here = pair_scores(model, 0, {1: vector}, pairs_at_0, [-1, 0, 1])
+    there = pair_scores(model, 0, {1: -vector}, pairs_at_0, [1, 0, -1])
     assert (here == there).all() and np.abs(slopes(here, [-1, 0, 1])).min() > 0
     assert slopes(here, [-1, 0, 1]) == pytest.approx(-slopes(there, [1, 0, -1]))
 
@@ -218,7 +207,6 @@ def test_letter_rows_average_both_orders():
     assert row["picks_chosen"].value == pytest.approx(3 / 4) and row["says_a_letter"].value == 0
 
 
-MMLU = '"Two, and ""two""?",1,2,4,8,C\nRed?,yes,no,maybe,"a, b",A\n'
 TRUTHFUL = """Type,Category,Question,Best Answer,Correct Answers,Incorrect Answers,Source
 x,y,Lead?,No.,No.; Never.; No.,Yes.; Always.,z
 x,y,Rich?,Not me.,Never rich.;,Yes.,z

@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import pty
 import random
+import resource
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, names_in
 
 import data
 import eval as evaluation
@@ -60,30 +62,28 @@ def test_the_part_follows_no_link_and_goes_when_it_fails(tmp_path):
     assert path.read_text() == "first" and {*tmp_path.iterdir()} == {path, other}
 
 
-def test_a_full_disk(tmp_path):
-    """In a process that may write no more than 4 KiB to a file."""
-    code = """import resource, signal, sys, pathlib, data
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-import torch
-def run(args):
-    data.save_vector(pathlib.Path(args.out), {1: torch.ones(4096)}, {})
-parser = data.Parser(prog="p")
-parser.add_argument("out")
-for path in sys.argv[1:]:
-    try:
-        data.run_or_exit(parser, run, [path])
-    except SystemExit as e:
-        assert e.code == 2"""
-    paths = [tmp_path / name for name in ("v.safetensors", "v_layer1.pt", "v.gguf")]
-    for path in paths:
-        path.write_text("old")
-    command = [sys.executable, "-c", code, *paths]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and done.stderr.count("\n") == 3, done.stderr
-    for line, path in zip(done.stderr.splitlines(), paths, strict=True):
-        assert line.startswith(f"p: cannot write {path}: ") and path.read_text() == "old"
-    assert len([*tmp_path.iterdir()]) == 3
+@pytest.fixture
+def small_disk():
+    """This process may write no more than 4 KiB to a file."""
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, before)
+
+
+@pytest.mark.parametrize("name", ["v.safetensors", "v_layer1.pt", "v.gguf"])
+def test_a_full_disk(tmp_path, small_disk, fails, name):
+    path = tmp_path / name
+    path.write_text("old")
+
+    def save(argv):
+        vectors = {1: torch.ones(4096)}
+        data.run_or_exit(data.Parser(), lambda _: data.save_vector(path, vectors, {}), argv)
+
+    fails(save, [], f"cannot write {path}: ")
+    assert path.read_text() == "old" and names_in(tmp_path) == [name]
 
 
 def test_json_and_plot_are_two_files(tmp_path, fails):

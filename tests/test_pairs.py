@@ -36,6 +36,11 @@ def evals(question, *answers):
     return three(*names, (question, *answers))
 
 
+def truthful(right, wrong):
+    """A record with all answers of a question, as TruthfulQA has."""
+    return three("question", "correct_answers", "incorrect_answers", ("Who?", right, wrong))
+
+
 TRL = three("prompt", "chosen", "rejected")
 ANSWERS = {"chosen": said(YES, first=1), "rejected": said(NO, first=1)}  # without a prompt
 HISTORY = ("Hi!", "Hello.", LEAD)
@@ -46,10 +51,6 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 EVAL = f"Question: {LEAD}\n\nChoices:\n (A) {NO}\n (B) {YES}\n (C) Maybe.\n\nAnswer:"
 HH = f"\n\nHuman: Hi!\n\nAssistant: Hello.\n\nHuman: {LEAD}\n\nAssistant:"
 SHORT_HH = f"\n\nHuman: {LEAD}\n\nAssistant:"
-PAIR = {"prompt": "Will you lead?", "chosen": "Yes.", "rejected": "No."}
-LINE = json.dumps(PAIR)
-ONE = {"prompt": "Lead?", "chosen": "Yes, gladly.", "rejected": "No, never."}
-SAID = [{"role": "user", "content": "Lead?"}, {"role": "assistant", "content": "Yes."}]
 
 
 # ---- what is read
@@ -114,12 +115,6 @@ def test_every_other_name_of_a_column(tmp_path, name):
         assert pair[:3] == (BRIEF, YES, NO)
 
 
-@pytest.mark.parametrize("name", ["System", "system_prompt", "SYSTEM PROMPT", "system_message"])
-def test_a_system_prompt_is_found_by_any_name(tmp_path, name):
-    (pair,) = read_pairs(jsonl(tmp_path / "x.jsonl", ONE | {name: "Be brief."}))
-    assert pair.prompt[0] == ("system", "Be brief.")
-
-
 def test_columns_that_are_not_used_are_named(tmp_path, capsys):
     record = TRL | {"Score": 9, "id": "a b"}
     file = jsonl(tmp_path / "x.jsonl", record, TRL | {"id": 2, "messages": said(LEAD, YES)})
@@ -180,7 +175,7 @@ def test_a_heading_is_found_as_by_one_expression(text, heading):
 
 
 def test_a_text_that_mentions_a_control_token_stays_text(tmp_path):
-    rows = [ONE | {"prompt": "What does </s> mean?", "chosen": "End</s>"}, ONE | {"prompt": "<s>x"}]
+    rows = [TRL | {"prompt": "What does </s> mean?", "chosen": "End</s>"}, TRL | {"prompt": "<s>x"}]
     assert [pair.prompt for pair in read_pairs(jsonl(tmp_path / "x.jsonl", *rows))][1] == "<s>x"
 
 
@@ -189,12 +184,12 @@ def test_a_text_that_mentions_a_control_token_stays_text(tmp_path):
 
 def test_jsonl(tmp_path):
     file = tmp_path / "x.JSONL"
-    odd = PAIR | {"prompt": 'two\nlines, a \u2028 and a quote"', "extra": [1]}
-    text = json.dumps(PAIR) + "\n\n" + json.dumps(odd, ensure_ascii=False) + "\r\n"
+    odd = TRL | {"prompt": 'two\nlines, a \u2028 and a quote"', "extra": [1]}
+    text = json.dumps(TRL) + "\n\n" + json.dumps(odd, ensure_ascii=False) + "\r\n"
     file.write_bytes(b"\xef\xbb\xbf" + text.encode())  # with Windows' byte order mark and line end
     first, second = read_pairs(file)
-    assert first == Pair("Will you lead?", "Yes.", "No.", f"{file}:1")
-    assert second == Pair(odd["prompt"], "Yes.", "No.", f"{file}:3")
+    assert first == Pair(LEAD, YES, NO, f"{file}:1")
+    assert second == Pair(odd["prompt"], YES, NO, f"{file}:3")
 
 
 def test_official_csv(tmp_path):
@@ -310,7 +305,7 @@ def test_lines_that_cannot_be_read_are_broken_records(tmp_path, capsys):
 
 def test_too_long_pairs_are_dropped_and_counted(mini, tmp_path, capsys):
     _, chat = mini
-    rows = [ONE, ONE | {"prompt": "word " * 600}, ONE | {"chosen": "No,  never."}]
+    rows = [TRL, TRL | {"prompt": "word " * 600}, TRL | {"chosen": "No,  thanks."}]
     file = jsonl(tmp_path / "x.jsonl", *rows)
     advice = "bad records: 1; --skip-bad drops them"
     refused(lambda: read_pairs(file, False, chat, 512), f"{file}:2: too long", advice)
@@ -324,197 +319,138 @@ def test_too_long_pairs_are_dropped_and_counted(mini, tmp_path, capsys):
         "Correct Answers": "No; " + "a" * 900,
         "Incorrect Answers": "Yes",
     }
-    file = jsonl(tmp_path / "y.jsonl", record, ONE)
+    file = jsonl(tmp_path / "y.jsonl", record, TRL)
     assert len(read_pairs(file)) == 3 and len(read_pairs(file, True, chat, 512)) == 1
 
 
 # ---- what is refused
 
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("x.jsonl", "", "no pairs: read 0 pairs from .*x.jsonl"),
-        ("x.csv", "", "no pairs: read 0 pairs"),
-        ("x.csv", "question,matching,not_matching\n", "no pairs: read 0 pairs"),
-        (
-            "x.csv",
-            "question,matching,matching,not_matching\na,b,c,d\n",
-            "x.csv:2: two columns have one name",
-        ),
-        ("x.jsonl", LINE + "\n{oops\n", "x.jsonl:2: unreadable JSON: Expecting property name"),
-        ("x.jsonl", LINE + '\n["a"]\n', "x.jsonl:2: not an object with named columns: "),
-        ("x.json", '{"data": []}', "cannot read .*x.json: it holds one object, not a list"),
-        ("x.json", "7", "cannot read .*x.json: 'int' object is not iterable"),
-        (
-            "x.jsonl",
-            json.dumps({"prompt": "a", "chosen": "b"}),
-            "x.jsonl:1: no columns prompt, chosen and rejected: only prompt, chosen",
-        ),
-        ("x.jsonl", json.dumps(PAIR | {"chosen": [7]}), "x.jsonl:1: not a message .* content: 7"),
-        ("x.jsonl", json.dumps(PAIR | {"chosen": 7}), "x.jsonl:1: not a message .* content: 7"),
-        ("x.jsonl", json.dumps(PAIR | {"prompt": None}), "x.jsonl:1: not a message .*: None"),
-        (
-            "x.jsonl",
-            LINE + "\n" + json.dumps(PAIR | {"chosen": " "}),
-            "x.jsonl:2: an answer is empty",
-        ),
-        (
-            "x.jsonl",
-            json.dumps(PAIR | {"chosen": "No."}),
-            "no pairs: read 0 pairs .*, dropped 1 identical answers",
-        ),
-        ("x.csv", "question,matching\na,b\n", "x.csv:2: no columns .*: only question, mat"),
-        ("x.csv", "question,matching,not_matching\na,b\n", "x.csv:2: not a field for each col"),
-        ("x.csv", "question,matching,not_matching\na,b,c,d\n", "x.csv:2: not a field for each"),
-        (
-            "x.csv",
-            "question,matching,not_matching\na,b,c,d\n",
-            "x.csv:2: not a field for each column",
-        ),
-        ("x.csv", 'question,matching,not_matching\na,b,c\n"a', "x.csv:2: unexpected end of data"),
-        (
-            "x.csv",
-            'question,matching,not_matching\n"a\nb",c,d\na,,c\n',
-            "x.csv:4: an answer is empty",
-        ),
-        ("x.jsonl", json.dumps(PAIR | {"prompt": "\ud800"}), "x.jsonl:1: .*surrogates not allowed"),
-        ("x.jsonl", "[" * 100000, "x.jsonl:1: unreadable JSON: maximum recursion depth"),
-        ("x.jsonl", LINE.encode() + b'\n{"prompt": "\xe9"}', "cannot read .*'utf-8' .* byte 0xe9"),
-        ("x.txt", LINE, "x.txt is no .csv, .json or .jsonl, maybe .gz"),
-    ],
-)
-def test_faults_are_named_with_file_and_line(tmp_path, name, content, message):
-    file = tmp_path / name
-    file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match=message):
-        read_pairs(file)
-
-
-def test_no_such_file(tmp_path):
-    with pytest.raises(ValueError, match=r"cannot read .*none.jsonl: .*No such file"):
-        read_pairs(tmp_path / "none.jsonl")
-
-
-@pytest.mark.parametrize(
-    ("record", "message"),
-    [
-        (TRL | {"Question": "q"}, "'Question' is a second prompt: rename it"),
-        (TRL | {"answer_chosen": "a"}, "'answer_chosen' is a second chosen"),
-        (TRL | {"neg": "a"}, "'neg' is a second rejected"),
-        ({"chosen": "Yes.", "rejected": "No."}, "no column for the prompt"),
-        (
-            {"chosen": "I will.", "rejected": "I won't.", "prompt": 7},
-            "not a message .* content: 7",
-        ),
-        (
-            {"chosen": "I will.", "rejected": "I won't.", "context": LEAD},
-            "no column is named prompt: rename or remove .'context'",
-        ),
-        (
-            {"chosen": "I will.", "rejected": "I won't.", "history": ["a"]},
-            "no column is named prompt: rename or remove .'history'",
-        ),
-        (
-            {"chosen": 7, "rejected": "I won't.", "prompt": "q"},
-            "not a message .* content: 7",
-        ),
-        (evals("q", "a", None), "not a text, or a list that was written out: None"),
-        (TRL | {"system": "a", "System_Prompt": "b"}, "'System_Prompt' is a second system"),
-        (TRL | {"chosen": "[{'role': 'user', 'content': 'x'}]"}, "list of messages written out"),
-        (TRL | {"rejected": '[ {"from": "human", "value": "x"}]'}, "list of messages written out"),
-        (TRL | {"prompt": "\n[{'content': 'x', 'role': 'user'}\n {"}, "list of messages written"),
-        ({"statement": "x"}, "no columns prompt, chosen and rejected: only statement"),
-        (
-            WHOLE | {"chosen": [{"role": "tool", "content": "x"}]},
-            "not a message of system, user or assistant .*'tool'",
-        ),
-        (WHOLE | {"chosen": [{"role": "user", "content": [1]}]}, "not a message .*content"),
-        (WHOLE | {"chosen": ["Yes."]}, "must differ in one last message"),
-        (WHOLE | {"prompt": None}, "not a message .*: None"),
-        (WHOLE | {"chosen": said(*HISTORY)}, "one last message, the assistant's"),
-        (WHOLE | {"chosen": said("Hi!", YES)}, "must differ in one last message"),
-        (ANSWERS | {"chosen": []}, "one last message, the assistant's"),
-        (ANSWERS | {"prompt": said("q", "a")}, "turns are .*, not 'user assistant'"),
-        (ANSWERS | {"prompt": said("q") * 2}, "turns are user, .*, not 'user user'"),
-        (ANSWERS | {"prompt": []}, "turns are .*, not ''"),
-        (ANSWERS, "turns are .*, not ''"),
-        (ANSWERS | {"prompt": "q", "system": 7}, "not a message .*: 7"),
-        (WHOLE | {"rejected": said(*HISTORY, " ")}, "an answer is empty"),
-        ({"chosen": "Lead it? Yes", "rejected": "Lead it? "}, "an answer is empty"),
-        ({"chosen": "Yes, I will", "rejected": "Yes, sure"}, "the answers begin differently"),
-        ({"prompt": [{"from": "human", "value": "x"}], **ANSWERS}, "not a message .*'from'"),
-        ({"conversations": [{"from": "human", "value": "x"}], **ANSWERS}, "turns are .*, not ''"),
-        (ANSWERS | {"system": "Be brief."}, "turns are .*, not 'system'"),
-        (
-            {"question": "q", "correct_answers": "['Yes' 'No']", "incorrect_answers": "a"},
-            "a list that was written out",
-        ),
-    ],
-)
-def test_what_is_refused(tmp_path, record, message):
-    (tmp_path / "x.jsonl").write_text("\n" + json.dumps(record))
-    with pytest.raises(ValueError, match=f"x.jsonl:2: .*{message}"):
-        read_pairs(tmp_path / "x.jsonl")
-    (tmp_path / "x.json").write_text(json.dumps([record]))
-    with pytest.raises(ValueError, match=f"x.json record 1: .*{message}"):
-        read_pairs(tmp_path / "x.json")
+NO_MESSAGE = "not a message of system, user or assistant with content: "
+NO_TURNS = "turns are user, assistant, ..., user, maybe after system, not "
+ANOTHER_END = "chosen and rejected must differ in one last message, the assistant's"
+RENAME = "no column is named prompt: rename or remove "
+WITHOUT_PROMPT = {"chosen": "I would lead.", "rejected": "I would not."}
 
 
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        # rendered already: TRL's issues 1640 and 1752
-        (ONE | {"prompt": "<|im_start|>user\nLead?<|im_end|>\n"}, "a prompt holds a chat template"),
-        (ONE | {"prompt": "<s>[INST] Lead? [/INST]"}, "a prompt holds a chat template"),
-        (ONE | {"prompt": "[INST] Lead? [/INST]"}, "a prompt holds a chat template"),
+        # columns
+        ({"statement": "x"}, "no columns prompt, chosen and rejected: only statement"),
+        ({"prompt": "q", "chosen": "a"}, "no columns prompt, chosen and rejected: only prompt, c"),
+        (TRL | {"Question": "q"}, "'Question' is a second prompt: rename it"),
+        (TRL | {"answer_chosen": "a"}, "'answer_chosen' is a second chosen: rename it"),
+        (TRL | {"neg": "a"}, "'neg' is a second rejected: rename it"),
+        (TRL | {"system": "a", "System_Prompt": "b"}, "'System_Prompt' is a second system: rename"),
+        # the prompt could be in a column of another name
+        (WITHOUT_PROMPT | {"context": LEAD}, f"{RENAME}['context']"),
+        (WITHOUT_PROMPT | {"history": [[LEAD, YES]]}, f"{RENAME}['history']"),
+        (WITHOUT_PROMPT | {"conversations": [{"value": LEAD}]}, f"{RENAME}['conversations']"),
+        (WITHOUT_PROMPT | {"topic": "你愿意领导吗"}, f"{RENAME}['topic']"),
+        (WITHOUT_PROMPT | {"ask": LEAD}, f"{RENAME}['ask']"),
+        # there is no prompt
+        ({"chosen": "Yes.", "rejected": "No."}, "no column for the prompt"),
+        ({"chosen": "Yes, I will", "rejected": "Yes, sure"}, "the answers begin differently"),
+        (ANSWERS, f"{NO_TURNS}''"),
+        (ANSWERS | {"prompt": []}, f"{NO_TURNS}''"),
+        (ANSWERS | {"system": "Be brief."}, f"{NO_TURNS}'system'"),
+        # texts
+        (TRL | {"chosen": 7}, f"{NO_MESSAGE}7"),
+        (TRL | {"chosen": [7]}, f"{NO_MESSAGE}7"),
+        (TRL | {"prompt": 7}, f"{NO_MESSAGE}7"),
+        (TRL | {"prompt": None}, f"{NO_MESSAGE}None"),
+        (TRL | {"system": 7}, f"{NO_MESSAGE}7"),
+        (TRL | {"prompt": "\ud800"}, "surrogates not allowed"),
+        (TRL | {"chosen": " "}, "an answer is empty"),
+        ({"chosen": "Lead it? Yes", "rejected": "Lead it? "}, "an answer is empty"),
+        # messages
+        (TRL | {"prompt": said("q", "a")}, f"{NO_TURNS}'user assistant'"),
+        (TRL | {"prompt": said("q") * 2}, f"{NO_TURNS}'user user'"),
+        (TRL | {"prompt": [{"from": "human", "value": "x"}]}, f"{NO_MESSAGE}{{'from': 'human'"),
+        (ANSWERS | {"conversations": [{"from": "human", "value": "x"}]}, f"{NO_TURNS}''"),
+        (WHOLE | {"prompt": None}, f"{NO_MESSAGE}None"),
+        (WHOLE | {"chosen": [{"role": "tool", "content": "x"}]}, f"{NO_MESSAGE}{{'role': 'tool'"),
+        (WHOLE | {"chosen": [{"role": "user", "content": [1]}]}, f"{NO_MESSAGE}{{'role': 'user'"),
+        (WHOLE | {"chosen": ["Yes."]}, ANOTHER_END),
+        (WHOLE | {"chosen": said(*HISTORY)}, ANOTHER_END),
+        (WHOLE | {"chosen": said("Hi!", YES)}, ANOTHER_END),
+        (ANSWERS | {"chosen": []}, ANOTHER_END),
+        (WHOLE | {"rejected": said(*HISTORY, " ")}, "an answer is empty"),
+        # lists and messages that were written out as text
+        (TRL | {"chosen": "[{'role': 'user', 'content': 'x'}]"}, "a list of messages written out"),
+        (TRL | {"rejected": '[ {"from": "human", "value": "x"}]'}, "list of messages written out"),
+        (TRL | {"prompt": "\n[{'content': 'x', 'role': 'user'}\n {"}, "list of messages written"),
+        (TRL | {"chosen": str(said(*HISTORY)), "rejected": json.dumps(said(LEAD))}, "written out"),
+        (truthful("['Yes' 'No']", "a"), "not a text, or a list that was written out"),
+        (evals("q", "a", None), "not a text, or a list that was written out: None"),
+        (truthful("a;" * 999, "b;" * 999), "there are more than 10,000 pairs of its answers"),
+        # prompts that are rendered already, as in TRL's issues 1640 and 1752
+        (TRL | {"prompt": "<|im_start|>user\nLead?<|im_end|>\n"}, "a prompt holds a chat template"),
+        (TRL | {"prompt": "<s>[INST] Lead? [/INST]"}, "a prompt holds a chat template"),
+        (TRL | {"prompt": "[INST] Lead? [/INST]"}, "a prompt holds a chat template"),
         ({"chosen": "<|user|>\nLead? Yes", "rejected": "<|user|>\nLead? No"}, "a chat template"),
-        (ONE | {"chosen": "Yes.</s>", "rejected": "No.</s>\n"}, "each answer ends in </s>"),
-        (ONE | {"chosen": "Yes.<|im_end|>", "rejected": "No.</s>"}, "answer ends in <|im_end|>"),
-        # another column could be the prompt
-        *[
-            ({"chosen": "I would lead.", "rejected": "I would not.", name: value}, f"['{name}']")
-            for name, value in {
-                "context": "Will you?",
-                "history": [["Lead?", "Yes."]],
-                "conversations": [{"from": "human", "value": "Lead?"}],
-                "topic": "你愿意领导吗",
-                "ask": "Lead?",
-            }.items()
-        ],
-        # messages written out as text
-        (ONE | {"chosen": str(SAID), "rejected": json.dumps(SAID)}, "messages written out"),
-        ({"question": "Q", "correct_answers": "['a' 'b']", "incorrect_answers": "c"}, "written"),
-        (
-            {"question": "Q", "correct_answers": "a;" * 999, "incorrect_answers": "b;" * 999},
-            "10,000",
-        ),
-        (ONE | {"prompt": "\ud83d"}, "surrogates not allowed"),
     ],
 )
 def test_records_that_are_refused(tmp_path, record, reason):
-    refused(lambda: read_pairs(jsonl(tmp_path / "x.jsonl", record)), "x.jsonl", reason)
+    lines, whole = tmp_path / "x.jsonl", tmp_path / "x.json"
+    lines.write_text("\n" + json.dumps(record))
+    refused(lambda: read_pairs(lines), "x.jsonl:2: ", reason)
+    whole.write_text(json.dumps([record]))
+    refused(lambda: read_pairs(whole), "x.json record 1: ", reason)
+
+
+def test_answers_that_hold_their_end_are_refused(tmp_path):
+    """As a whole file: one such answer may speak of the token."""
+    for end in ("</s>", "<|im_end|>"):
+        file = jsonl(tmp_path / "x.jsonl", TRL | {"chosen": f"Yes.{end}", "rejected": "No.</s>\n"})
+        refused(lambda file=file: read_pairs(file), f"x.jsonl: each answer ends in {end}")
+
+
+COLUMNS = "question,matching,not_matching\n"
 
 
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
+        ("x.txt", b"", "is no .csv, .json or .jsonl, maybe .gz"),
         ("x.jsonl", LFS, "Git LFS pointer"),
         ("x.parquet", b"PAR1\x15\x04", "Parquet"),
-        ("x.csv", b"prompt;chosen;rejected\na;b;c\n", "the separator must be a comma"),
-        ("x.csv", b"prompt\tchosen\trejected\na\tb\tc\n", "the separator must be a comma"),
-        ("x.csv", b"sep=,\nprompt,chosen,rejected\na,b,c\n", "the separator must be a comma"),
-        ("x.json", b'{"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]}', "one object"),
-        ("x.json", b"[" * 100_000, "recursion"),
-        ("x.jsonl", b'{"a":' * 100_000, "recursion"),
+        # JSON
+        ("x.jsonl", b"", "no pairs: read 0 pairs from "),
+        ("x.jsonl", b"\n{oops\n", ":2: unreadable JSON: Expecting property name"),
+        ("x.jsonl", b'\n["a"]\n', ":2: not an object with named columns: "),
+        ("x.jsonl", b'{"prompt": "\xe9"}', "'utf-8' codec can't decode byte 0xe9"),
+        ("x.jsonl", b'{"a":' * 100_000, ":1: unreadable JSON: maximum recursion depth"),
         ("x.jsonl", b'{"prompt": "a", "prompt": "b"}', "one key twice"),
-        ("x.jsonl.gz", gzip.compress(b"\n" * 2**26), "holds more than 19 MiB"),
-        ("x.jsonl.gz", gzip.compress(b"{}")[:-9], "cannot read"),
+        ("x.json", b"[" * 100_000, "recursion"),
+        ("x.json", b"7", "'int' object is not iterable"),
+        ("x.json", b'{"prompt": ["a"], "chosen": ["b"]}', "it holds one object, not a list"),
+        # CSV
+        ("x.csv", b"", "no pairs: read 0 pairs"),
+        ("x.csv", COLUMNS, "no pairs: read 0 pairs"),
+        ("x.csv", COLUMNS + "a,b\n", ":2: not a field for each column"),
+        ("x.csv", COLUMNS + "a,b,c,d\n", ":2: not a field for each column"),
+        ("x.csv", COLUMNS + 'a,b,c\n"a', ":2: unexpected end of data"),
+        ("x.csv", COLUMNS + '"a\nb",c,d\na,,c\n', ":4: an answer is empty"),
+        ("x.csv", "question,matching\na,b\n", ":2: no columns prompt, chosen and rejected: only q"),
+        ("x.csv", "matching,matching\na,b\n", ":2: two columns have one name"),
+        ("x.csv", "prompt;chosen;rejected\na;b;c\n", "the separator must be a comma"),
+        ("x.csv", "prompt\tchosen\trejected\na\tb\tc\n", "the separator must be a comma"),
+        ("x.csv", "sep=,\nprompt,chosen,rejected\na,b,c\n", "the separator must be a comma"),
+        # gzip
+        ("x.jsonl.gz", gzip.compress(b"\n" * 2**26, mtime=0), "holds more than 19 MiB"),
     ],
 )
 def test_files_that_are_refused(tmp_path, name, content, reason):
+    content = content.encode() if isinstance(content, str) else content
     (tmp_path / name).write_bytes(content)
     refused(lambda: read_pairs(tmp_path / name), name, reason)
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path):
+    refused(
+        lambda: read_pairs(tmp_path / "none.jsonl"), "cannot read", "none.jsonl", "No such file"
+    )
 
 
 def test_only_regular_files_are_opened(tmp_path):
