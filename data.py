@@ -890,8 +890,8 @@ def record_of(pair):
 
 def pair_hash(pair):
     """What tells a pair from others: the beginning of the SHA-256 of its texts."""
-    text = json.dumps(record_of(pair), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    texts = (pair.prompt, pair.chosen, pair.rejected)
+    return hashlib.sha256(repr(texts).encode()).hexdigest()[:8]
 
 
 class OpenModel(NamedTuple):

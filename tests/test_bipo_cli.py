@@ -156,7 +156,7 @@ def test_a_run_with_the_least_that_must_be_said(tmp_path, monkeypatch, capsys):
 def test_the_warm_up_fits_the_run(tmp_path, capsys, flags, steps):
     """Three steps an epoch: a tenth of them, if the user and the official preset say nothing."""
     epochs = [] if "--epochs" in flags else ["--epochs", 1]
-    run_main(bipo.main, *SETS, "--layer", 1, *epochs, *flags, "--out", tmp_path)
+    run_main(bipo.main, *MINI_SETS, "--layer", 1, *epochs, *flags, "--out", tmp_path)
     _, metadata = load_vector(tmp_path)
     assert json.loads(metadata["recipe"])["warmup_steps"] == steps
     printed = capsys.readouterr().out
