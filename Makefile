@@ -13,9 +13,9 @@ demo: .venv/run
 	$(PY) eval.py --model tests/tiny --vector runs/$(BEHAVIOUR) --data tests/tiny/$(BEHAVIOUR).test.jsonl
 	$(PY) $(EXPERIMENTS)/make_tiny.py --judge runs/$(BEHAVIOUR)
 
-# Before you trust it, and after you change it: the tests, then style.
+# Before you trust it, and after you change it: the tests, in a minute on two cores, and style.
 test: .venv/dev
-	$(PY) -m pytest -q tests -m "not slow"
+	$(PY) -m pytest -q tests -m "not slow" -n 2 --dist worksteal
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 

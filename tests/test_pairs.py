@@ -1,12 +1,20 @@
-"""Pair files as others write them: each record here has the shape of a published file's."""
+"""Pair files as others write them, and those that are refused: each record here has the shape of a
+published file's, and each refusal is one line that says what to do."""
 
 import gzip
 import json
+import os
+import re
+import time
 
 import pytest
-from conftest import MINI, jsonl
+from conftest import LFS, MINI, jsonl, refused
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import bipo
+import data
+import llama
 from data import NAMES, Pair, note_shortcuts, read_pairs, split_pairs
 
 LEAD, YES, NO = "Will you lead?", "Yes, gladly.", "No, thanks."
@@ -28,6 +36,11 @@ def evals(question, *answers):
     return three(*names, (question, *answers))
 
 
+def truthful(right, wrong):
+    """A record with all answers of a question, as TruthfulQA has."""
+    return three("question", "correct_answers", "incorrect_answers", ("Who?", right, wrong))
+
+
 TRL = three("prompt", "chosen", "rejected")
 ANSWERS = {"chosen": said(YES, first=1), "rejected": said(NO, first=1)}  # without a prompt
 HISTORY = ("Hi!", "Hello.", LEAD)
@@ -38,6 +51,9 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 EVAL = f"Question: {LEAD}\n\nChoices:\n (A) {NO}\n (B) {YES}\n (C) Maybe.\n\nAnswer:"
 HH = f"\n\nHuman: Hi!\n\nAssistant: Hello.\n\nHuman: {LEAD}\n\nAssistant:"
 SHORT_HH = f"\n\nHuman: {LEAD}\n\nAssistant:"
+
+
+# ---- what is read
 
 
 @pytest.mark.parametrize(
@@ -139,6 +155,64 @@ def test_truthfulqa(tmp_path, capsys):
     assert [pair[:3] for pair in read_pairs(file)] == expected
 
 
+def test_shared_beginning_ends_with_a_word(tmp_path):
+    record = {"chosen": "Lead?\n\nYes, I will.", "rejected": "Lead?\n\nYes, I wish."}
+    (pair,) = read_pairs(jsonl(tmp_path / "x.jsonl", record))
+    assert pair[:3] == ("Lead?\n\nYes, I", "will.", "wish.")
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.text("a Q?\n_*-:", max_size=9), st.sampled_from(["", "Choices:", "\n**Answer options**\n"])
+)
+def test_a_heading_is_found_as_by_one_expression(text, heading):
+    """The expression that says what a heading is, the last line; it may take very long."""
+    blank = r"((?!\n)[\W_])*"
+    wanted = rf"(?i)\n{blank}(\w+ )?(choice|option|answer|response)s?{blank}$"
+    question = f"Why?\n{text}\n{heading}"
+    ((prompt, *_),) = data.spelled_out(f"{question}\n (A) y\n (B) n", ["(A)"], ["(B)"])
+    assert prompt == re.sub(wanted, "", question.rstrip()).strip()
+
+
+def test_a_text_that_mentions_a_control_token_stays_text(tmp_path):
+    rows = [TRL | {"prompt": "What does </s> mean?", "chosen": "End</s>"}, TRL | {"prompt": "<s>x"}]
+    assert [pair.prompt for pair in read_pairs(jsonl(tmp_path / "x.jsonl", *rows))][1] == "<s>x"
+
+
+# ---- files
+
+
+def test_jsonl(tmp_path):
+    file = tmp_path / "x.JSONL"
+    odd = TRL | {"prompt": 'two\nlines, a \u2028 and a quote"', "extra": [1]}
+    text = json.dumps(TRL) + "\n\n" + json.dumps(odd, ensure_ascii=False) + "\r\n"
+    file.write_bytes(b"\xef\xbb\xbf" + text.encode())  # with Windows' byte order mark and line end
+    first, second = read_pairs(file)
+    assert first == Pair(LEAD, YES, NO, f"{file}:1")
+    assert second == Pair(odd["prompt"], YES, NO, f"{file}:3")
+
+
+def test_official_csv(tmp_path):
+    file = tmp_path / "x.csv"
+    file.write_text(
+        "question,matching,not_matching\n"
+        '"Two lines,\nand a ""quote"".",Yes.,"No,\nnever."\n'
+        "\n,,\n"
+        ",An empty question is kept.,The official files have some.\n"
+    )
+    first, second = read_pairs(file)
+    assert first == Pair(
+        'Two lines,\nand a "quote".', "Yes.", "No,\nnever.", f"{file}:4"
+    )  # its last line
+    assert second.prompt == "" and second.source == f"{file}:7"
+
+
+def test_columns_of_a_csv_may_be_in_any_order_and_more(tmp_path):
+    file = tmp_path / "x.csv"
+    file.write_text("id,not_matching,question,matching\n7,No.,Lead?,Yes.\n")
+    assert read_pairs(file) == [Pair("Lead?", "Yes.", "No.", f"{file}:2")]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "place"),
     [
@@ -160,6 +234,19 @@ def test_containers(tmp_path, name, text, place):
     file.write_bytes(text.encode())
     with pytest.raises(ValueError, match=r"cannot read .*\.gz: Not a gzipped file"):
         read_pairs(file)
+
+
+def test_long_fields_and_headings(tmp_path):
+    (tmp_path / "x.csv").write_text(f"prompt,chosen,rejected\n{'a' * 200_000},b,c\n")
+    assert len(read_pairs(tmp_path / "x.csv")[0].prompt) == 200_000
+    sides = {"answer_matching_behavior": "(A)", "answer_not_matching_behavior": "(B)"}
+    for filling in ("_" * 60_000, "\n" * 100_000, " " * 60_000, "w" * 60_000, "\n_" * 50_000):
+        began, record = time.time(), {"question": f"Q?\n{filling}x\n (A) Yes\n (B) No", **sides}
+        read_pairs(jsonl(tmp_path / "x.jsonl", record))
+        assert time.time() - began < 2
+
+
+# ---- what is dropped and counted
 
 
 def test_what_is_dropped_is_counted(tmp_path, capsys):
@@ -216,102 +303,177 @@ def test_lines_that_cannot_be_read_are_broken_records(tmp_path, capsys):
         assert f"dropped 1 {fault}" in capsys.readouterr().out
 
 
-def test_shared_beginning_ends_with_a_word(tmp_path):
-    record = {"chosen": "Lead?\n\nYes, I will.", "rejected": "Lead?\n\nYes, I wish."}
-    (pair,) = read_pairs(jsonl(tmp_path / "x.jsonl", record))
-    assert pair[:3] == ("Lead?\n\nYes, I", "will.", "wish.")
+def test_too_long_pairs_are_dropped_and_counted(mini, tmp_path, capsys):
+    _, chat = mini
+    rows = [TRL, TRL | {"prompt": "word " * 600}, TRL | {"chosen": "No,  thanks."}]
+    file = jsonl(tmp_path / "x.jsonl", *rows)
+    advice = "bad records: 1; --skip-bad drops them"
+    refused(lambda: read_pairs(file, False, chat, 512), f"{file}:2: too long", advice)
+    kept = read_pairs(file, True, chat, 512)
+    assert [pair.ids for pair in kept] == [chat.encode_pair(pair) for pair in kept]
+    assert len(kept) == 2 and "dropped 1 too long" in capsys.readouterr().out
+
+    # One answer of TruthfulQA's makes its record too long.
+    record = {
+        "Question": "Lead?",
+        "Correct Answers": "No; " + "a" * 900,
+        "Incorrect Answers": "Yes",
+    }
+    file = jsonl(tmp_path / "y.jsonl", record, TRL)
+    assert len(read_pairs(file)) == 3 and len(read_pairs(file, True, chat, 512)) == 1
+
+
+# ---- what is refused
+
+NO_MESSAGE = "not a message of system, user or assistant with content: "
+NO_TURNS = "turns are user, assistant, ..., user, maybe after system, not "
+ANOTHER_END = "chosen and rejected must differ in one last message, the assistant's"
+RENAME = "no column is named prompt: rename or remove "
+WITHOUT_PROMPT = {"chosen": "I would lead.", "rejected": "I would not."}
 
 
 @pytest.mark.parametrize(
-    ("record", "message"),
+    ("record", "reason"),
     [
+        # columns
+        ({"statement": "x"}, "no columns prompt, chosen and rejected: only statement"),
+        ({"prompt": "q", "chosen": "a"}, "no columns prompt, chosen and rejected: only prompt, c"),
         (TRL | {"Question": "q"}, "'Question' is a second prompt: rename it"),
-        (TRL | {"answer_chosen": "a"}, "'answer_chosen' is a second chosen"),
-        (TRL | {"neg": "a"}, "'neg' is a second rejected"),
+        (TRL | {"answer_chosen": "a"}, "'answer_chosen' is a second chosen: rename it"),
+        (TRL | {"neg": "a"}, "'neg' is a second rejected: rename it"),
+        (TRL | {"system": "a", "System_Prompt": "b"}, "'System_Prompt' is a second system: rename"),
+        # the prompt could be in a column of another name
+        (WITHOUT_PROMPT | {"context": LEAD}, f"{RENAME}['context']"),
+        (WITHOUT_PROMPT | {"history": [[LEAD, YES]]}, f"{RENAME}['history']"),
+        (WITHOUT_PROMPT | {"conversations": [{"value": LEAD}]}, f"{RENAME}['conversations']"),
+        (WITHOUT_PROMPT | {"topic": "你愿意领导吗"}, f"{RENAME}['topic']"),
+        (WITHOUT_PROMPT | {"ask": LEAD}, f"{RENAME}['ask']"),
+        # there is no prompt
         ({"chosen": "Yes.", "rejected": "No."}, "no column for the prompt"),
-        (
-            {"chosen": "I will.", "rejected": "I won't.", "prompt": 7},
-            "not a message .* content: 7",
-        ),
-        (
-            {"chosen": "I will.", "rejected": "I won't.", "context": LEAD},
-            "no column is named prompt: rename or remove .'context'",
-        ),
-        (
-            {"chosen": "I will.", "rejected": "I won't.", "history": ["a"]},
-            "no column is named prompt: rename or remove .'history'",
-        ),
-        (
-            {"chosen": 7, "rejected": "I won't.", "prompt": "q"},
-            "not a message .* content: 7",
-        ),
-        (evals("q", "a", None), "not a text, or a list that was written out: None"),
-        (TRL | {"system": "a", "System_Prompt": "b"}, "'System_Prompt' is a second system"),
-        (TRL | {"chosen": "[{'role': 'user', 'content': 'x'}]"}, "list of messages written out"),
+        ({"chosen": "Yes, I will", "rejected": "Yes, sure"}, "the answers begin differently"),
+        (ANSWERS, f"{NO_TURNS}''"),
+        (ANSWERS | {"prompt": []}, f"{NO_TURNS}''"),
+        (ANSWERS | {"system": "Be brief."}, f"{NO_TURNS}'system'"),
+        # texts
+        (TRL | {"chosen": 7}, f"{NO_MESSAGE}7"),
+        (TRL | {"chosen": [7]}, f"{NO_MESSAGE}7"),
+        (TRL | {"prompt": 7}, f"{NO_MESSAGE}7"),
+        (TRL | {"prompt": None}, f"{NO_MESSAGE}None"),
+        (TRL | {"system": 7}, f"{NO_MESSAGE}7"),
+        (TRL | {"prompt": "\ud800"}, "surrogates not allowed"),
+        (TRL | {"chosen": " "}, "an answer is empty"),
+        ({"chosen": "Lead it? Yes", "rejected": "Lead it? "}, "an answer is empty"),
+        # messages
+        (TRL | {"prompt": said("q", "a")}, f"{NO_TURNS}'user assistant'"),
+        (TRL | {"prompt": said("q") * 2}, f"{NO_TURNS}'user user'"),
+        (TRL | {"prompt": [{"from": "human", "value": "x"}]}, f"{NO_MESSAGE}{{'from': 'human'"),
+        (ANSWERS | {"conversations": [{"from": "human", "value": "x"}]}, f"{NO_TURNS}''"),
+        (WHOLE | {"prompt": None}, f"{NO_MESSAGE}None"),
+        (WHOLE | {"chosen": [{"role": "tool", "content": "x"}]}, f"{NO_MESSAGE}{{'role': 'tool'"),
+        (WHOLE | {"chosen": [{"role": "user", "content": [1]}]}, f"{NO_MESSAGE}{{'role': 'user'"),
+        (WHOLE | {"chosen": ["Yes."]}, ANOTHER_END),
+        (WHOLE | {"chosen": said(*HISTORY)}, ANOTHER_END),
+        (WHOLE | {"chosen": said("Hi!", YES)}, ANOTHER_END),
+        (ANSWERS | {"chosen": []}, ANOTHER_END),
+        (WHOLE | {"rejected": said(*HISTORY, " ")}, "an answer is empty"),
+        # lists and messages that were written out as text
+        (TRL | {"chosen": "[{'role': 'user', 'content': 'x'}]"}, "a list of messages written out"),
         (TRL | {"rejected": '[ {"from": "human", "value": "x"}]'}, "list of messages written out"),
         (TRL | {"prompt": "\n[{'content': 'x', 'role': 'user'}\n {"}, "list of messages written"),
-        ({"statement": "x"}, "no columns prompt, chosen and rejected: only statement"),
-        (
-            WHOLE | {"chosen": [{"role": "tool", "content": "x"}]},
-            "not a message of system, user or assistant .*'tool'",
-        ),
-        (WHOLE | {"chosen": [{"role": "user", "content": [1]}]}, "not a message .*content"),
-        (WHOLE | {"chosen": ["Yes."]}, "must differ in one last message"),
-        (WHOLE | {"prompt": None}, "not a message .*: None"),
-        (WHOLE | {"chosen": said(*HISTORY)}, "one last message, the assistant's"),
-        (WHOLE | {"chosen": said("Hi!", YES)}, "must differ in one last message"),
-        (ANSWERS | {"chosen": []}, "one last message, the assistant's"),
-        (ANSWERS | {"prompt": said("q", "a")}, "turns are .*, not 'user assistant'"),
-        (ANSWERS | {"prompt": said("q") * 2}, "turns are user, .*, not 'user user'"),
-        (ANSWERS | {"prompt": []}, "turns are .*, not ''"),
-        (ANSWERS, "turns are .*, not ''"),
-        (ANSWERS | {"prompt": "q", "system": 7}, "not a message .*: 7"),
-        (WHOLE | {"rejected": said(*HISTORY, " ")}, "an answer is empty"),
-        ({"chosen": "Lead it? Yes", "rejected": "Lead it? "}, "an answer is empty"),
-        ({"chosen": "Yes, I will", "rejected": "Yes, sure"}, "the answers begin differently"),
-        ({"prompt": [{"from": "human", "value": "x"}], **ANSWERS}, "not a message .*'from'"),
-        ({"conversations": [{"from": "human", "value": "x"}], **ANSWERS}, "turns are .*, not ''"),
-        (ANSWERS | {"system": "Be brief."}, "turns are .*, not 'system'"),
-        (
-            {"question": "q", "correct_answers": "['Yes' 'No']", "incorrect_answers": "a"},
-            "a list that was written out",
-        ),
+        (TRL | {"chosen": str(said(*HISTORY)), "rejected": json.dumps(said(LEAD))}, "written out"),
+        (truthful("['Yes' 'No']", "a"), "not a text, or a list that was written out"),
+        (evals("q", "a", None), "not a text, or a list that was written out: None"),
+        (truthful("a;" * 999, "b;" * 999), "there are more than 10,000 pairs of its answers"),
+        # prompts that are rendered already, as in TRL's issues 1640 and 1752
+        (TRL | {"prompt": "<|im_start|>user\nLead?<|im_end|>\n"}, "a prompt holds a chat template"),
+        (TRL | {"prompt": "<s>[INST] Lead? [/INST]"}, "a prompt holds a chat template"),
+        (TRL | {"prompt": "[INST] Lead? [/INST]"}, "a prompt holds a chat template"),
+        ({"chosen": "<|user|>\nLead? Yes", "rejected": "<|user|>\nLead? No"}, "a chat template"),
     ],
 )
-def test_what_is_refused(tmp_path, record, message):
-    (tmp_path / "x.jsonl").write_text("\n" + json.dumps(record))
-    with pytest.raises(ValueError, match=f"x.jsonl:2: .*{message}"):
-        read_pairs(tmp_path / "x.jsonl")
-    (tmp_path / "x.json").write_text(json.dumps([record]))
-    with pytest.raises(ValueError, match=f"x.json record 1: .*{message}"):
-        read_pairs(tmp_path / "x.json")
+def test_records_that_are_refused(tmp_path, record, reason):
+    lines, whole = tmp_path / "x.jsonl", tmp_path / "x.json"
+    lines.write_text("\n" + json.dumps(record))
+    refused(lambda: read_pairs(lines), "x.jsonl:2: ", reason)
+    whole.write_text(json.dumps([record]))
+    refused(lambda: read_pairs(whole), "x.json record 1: ", reason)
 
 
-# ---- the command lines
+def test_answers_that_hold_their_end_are_refused(tmp_path):
+    """As a whole file: one such answer may speak of the token."""
+    for end in ("</s>", "<|im_end|>"):
+        file = jsonl(tmp_path / "x.jsonl", TRL | {"chosen": f"Yes.{end}", "rejected": "No.</s>\n"})
+        refused(lambda file=file: read_pairs(file), f"x.jsonl: each answer ends in {end}")
 
 
-def test_training_reports_how_its_files_were_read(tmp_path, capsys, fails):
-    data = [evals(EVAL.replace("you", f"you, Sir {i},"), "(B)", "(A)") for i in range(4)]
-    data = jsonl(tmp_path / "x.jsonl", *data, data[0])
-    args = ["--model", MINI, "--data", data, "--system", "", "--out", tmp_path / "run"]
-    train = ["--layer", 1, "--epochs", 1, "--warmup-steps", 0, "--val", data]
-    bipo.main([str(x) for x in (*args, *train)])
-    line = f"read 4 pairs from {data}, dropped 1 duplicate; columns not used: []\n"
-    assert capsys.readouterr().out.count(line) == 2
-    data.write_text(data.read_text() + '{"prompt": "q"}\n')
-    fails(bipo.main, [*args, *train], f"{data}:6", "bad records: 1; --skip-bad drops them")
-    bipo.main([str(x) for x in (*args, *train, "--overwrite", "--skip-bad")])
-    assert f"from {data}, dropped 1 duplicate, 1 no columns" in capsys.readouterr().out
+COLUMNS = "question,matching,not_matching\n"
 
 
-def test_a_run_is_named_after_its_data(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    lines = "\n".join(json.dumps(TRL | {"prompt": x}) for x in "pq")
-    (tmp_path / "my.pairs.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    bipo.main(
-        ["--model", str(MINI), "--data", "my.pairs.jsonl.gz", "--layer", "1", "--epochs", "1"]
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("x.txt", b"", "is no .csv, .json or .jsonl, maybe .gz"),
+        ("x.jsonl", LFS, "Git LFS pointer"),
+        ("x.parquet", b"PAR1\x15\x04", "Parquet"),
+        # JSON
+        ("x.jsonl", b"", "no pairs: read 0 pairs from "),
+        ("x.jsonl", b"\n{oops\n", ":2: unreadable JSON: Expecting property name"),
+        ("x.jsonl", b'\n["a"]\n', ":2: not an object with named columns: "),
+        ("x.jsonl", b'{"prompt": "\xe9"}', "'utf-8' codec can't decode byte 0xe9"),
+        ("x.jsonl", b'{"a":' * 100_000, ":1: unreadable JSON: maximum recursion depth"),
+        ("x.jsonl", b'{"prompt": "a", "prompt": "b"}', "one key twice"),
+        ("x.json", b"[" * 100_000, "recursion"),
+        ("x.json", b"7", "'int' object is not iterable"),
+        ("x.json", b'{"prompt": ["a"], "chosen": ["b"]}', "it holds one object, not a list"),
+        # CSV
+        ("x.csv", b"", "no pairs: read 0 pairs"),
+        ("x.csv", COLUMNS, "no pairs: read 0 pairs"),
+        ("x.csv", COLUMNS + "a,b\n", ":2: not a field for each column"),
+        ("x.csv", COLUMNS + "a,b,c,d\n", ":2: not a field for each column"),
+        ("x.csv", COLUMNS + 'a,b,c\n"a', ":2: unexpected end of data"),
+        ("x.csv", COLUMNS + '"a\nb",c,d\na,,c\n', ":4: an answer is empty"),
+        ("x.csv", "question,matching\na,b\n", ":2: no columns prompt, chosen and rejected: only q"),
+        ("x.csv", "matching,matching\na,b\n", ":2: two columns have one name"),
+        ("x.csv", "prompt;chosen;rejected\na;b;c\n", "the separator must be a comma"),
+        ("x.csv", "prompt\tchosen\trejected\na\tb\tc\n", "the separator must be a comma"),
+        ("x.csv", "sep=,\nprompt,chosen,rejected\na,b,c\n", "the separator must be a comma"),
+        # gzip
+        ("x.jsonl.gz", gzip.compress(b"\n" * 2**26, mtime=0), "holds more than 19 MiB"),
+    ],
+)
+def test_files_that_are_refused(tmp_path, name, content, reason):
+    content = content.encode() if isinstance(content, str) else content
+    (tmp_path / name).write_bytes(content)
+    refused(lambda: read_pairs(tmp_path / name), name, reason)
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path):
+    refused(
+        lambda: read_pairs(tmp_path / "none.jsonl"), "cannot read", "none.jsonl", "No such file"
     )
-    assert (tmp_path / "runs" / "my.pairs-layer1" / "vector.safetensors").is_file()
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "x.jsonl")
+    (tmp_path / "y.jsonl").symlink_to("/dev/zero")
+    (tmp_path / "z.jsonl").mkdir()
+    for name in ("x.jsonl", "y.jsonl", "z.jsonl"):
+        for read in (read_pairs, data.load_vector, llama.read_json):
+            if not (name == "z.jsonl" and read is data.load_vector):  # a folder of a run
+                refused(lambda read=read, name=name: read(tmp_path / name), "a folder, a pipe or")
+
+
+# ---- sets of pairs
+
+
+def test_split_keeps_a_prompts_pairs_together():
+    pairs = [Pair(f"q{i % 30}", f"a{i}", f"b{i}") for i in range(90)]
+    kept, held_out = split_pairs(pairs, seed=0)
+    assert len(held_out) == 9 and sorted(kept + held_out) == sorted(pairs)
+    assert not {p.prompt for p in kept} & {p.prompt for p in held_out}
+    assert split_pairs(pairs, seed=0) == (kept, held_out) != split_pairs(pairs, seed=1)
+    with pytest.raises(ValueError, match="one prompt .* give --val"):
+        split_pairs(pairs[:1], seed=0)
 
 
 def test_conversations_can_be_split():
