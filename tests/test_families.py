@@ -286,7 +286,7 @@ def test_metas_layout_is_refused_by_name(tmp_path):
 
 # ---- adapters
 
-# As in the README.
+# As in tests/experiments/README.md.
 MERGE = """\
 import shutil
 from pathlib import Path
@@ -305,7 +305,7 @@ for pattern in ("*token*", "chat_template*"):  # the tokenizer's files and the c
 
 @pytest.fixture
 def merged(tmp_path, monkeypatch):
-    """The README's lines have run: the folders base, adapter and merged, and peft's own model."""
+    """These lines have run: the folders base, adapter and merged, and peft's own model."""
     import peft  # takes seconds
 
     shutil.copytree(MINI, tmp_path / "base")
