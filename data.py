@@ -38,7 +38,7 @@ import sentencepiece
 import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from llama import PairIds, parse_json, read_config, read_json, regular
+from llama import Config, PairIds, parse_json, read_config, read_json, regular
 
 # ---- Errors that a user reads --------------------------------------------------------------------
 
@@ -861,12 +861,40 @@ def pick_device(device, dtype):
     return device, getattr(torch, dtype)
 
 
+class OpenModel(NamedTuple):
+    """A checkpoint of which all is open but the weights."""
+
+    path: Path
+    name: str
+    config: Config
+    chat: Chat
+    device: torch.device
+    dtype: torch.dtype
+
+
 def open_model(args):
-    """(folder, name, Config, Chat, device, dtype) of a command line's model flags."""
+    """The OpenModel of a command line's model flags."""
     path, name = find_model(args.model)
     config = read_config(path)
     chat = open_chat(path, config, args.template, args.system)
-    return path, name, config, chat, *pick_device(args.device, args.dtype)
+    return OpenModel(path, name, config, chat, *pick_device(args.device, args.dtype))
+
+
+def encode_pairs(chat, pairs, max_seq_len, skip_bad=False):
+    """(the Pairs that have ids, the PairIds of each). Raises ValueError with the source of a pair
+    that has none, unless skip_bad: then it is dropped, and counted by reason in a printed line."""
+    encoded, ids, dropped = [], [], Counter()
+    for pair in pairs:
+        try:
+            ids.append(chat.encode_pair(pair, max_seq_len))
+            encoded.append(pair)
+        except ValueError as e:
+            if not skip_bad:
+                raise
+            dropped[str(e).removeprefix(f"{pair.source}: ").partition(":")[0]] += 1
+    if dropped:
+        print(f"dropped {', '.join(f'{n} {why}' for why, n in dropped.items())}")
+    return encoded, ids
 
 
 def read_sets(args, chat, max_seq_len):
