@@ -32,11 +32,11 @@ import torch
 if __package__:
     from . import data
     from .bipo import first_pass, parts, response_logps
-    from .llama import PairIds, check_fit, generate, load, pack, stream
+    from .llama import PairIds, check_fit, generate, load, pack, read_json, stream
 else:
     import data
     from bipo import first_pass, parts, response_logps
-    from llama import PairIds, check_fit, generate, load, pack, stream
+    from llama import PairIds, check_fit, generate, load, pack, read_json, stream
 
 # ---- Means with intervals ------------------------------------------------------------------------
 
@@ -79,10 +79,8 @@ def mean_rows(labels, questions=None, label="multiplier", **columns):
     """One row for each of the labels, (M,): the Means over questions of each column, (M, N)."""
     rows = []
     for i, name in enumerate(labels):
-        row = {label: name}
-        for key, values in columns.items():
-            row[key] = mean(values[i], questions)
-        rows.append(row)
+        means = {key: mean(values[i], questions) for key, values in columns.items()}
+        rows.append({label: name} | means)
     return rows
 
 
@@ -126,16 +124,11 @@ def pair_rows(logps, pairs, multipliers, questions):
     margin: nats a pair, (logp_m(chosen) - logp_m(rejected)) - (logp_0(chosen) - logp_0(rejected)):
         how much more than the unsteered model the steered one prefers chosen
     """
-    preference = logps[..., 0] - logps[..., 1]  # (M, N) nats
+    gap = logps[..., 0] - logps[..., 1]  # (M, N) nats
     ref_logps = np.array([pair.ref_logps.tolist() for pair in pairs])  # (N, 2)
-    margin = preference - (ref_logps[:, 0] - ref_logps[:, 1])
-    columns = {
-        "wins": margin * np.array(multipliers)[:, None] > 0,
-        "prefers_chosen": preference > 0,
-        "margin": margin,
-    }
-    rows = mean_rows(multipliers, questions, **columns)
-
+    margin = gap - (ref_logps[:, 0] - ref_logps[:, 1])
+    wins = margin * np.array(multipliers)[:, None] > 0
+    rows = mean_rows(multipliers, questions, wins=wins, prefers_chosen=gap > 0, margin=margin)
     for row in rows:
         if row["multiplier"] == 0:
             row["wins"] = None
@@ -217,7 +210,8 @@ def to_question(record):
     """(prompt, {measure: {answer: 1 if it is right, 0 if wrong}}) of a record, a list or a dict. Of
     TruthfulQA, MC1 sets the best answer, MC2 all correct ones, against the incorrect ones. Raises
     ValueError for what is no question."""
-    match record if isinstance(record, list) else data.standard_columns(record):
+    fields = record if isinstance(record, list) else data.standard_columns(record)
+    match fields:
         # 1. a row of MMLU
         case [question, a, b, c, d, right]:
             targets = {f"({letter}": int(letter == right) for letter in "ABCD"}
@@ -231,6 +225,7 @@ def to_question(record):
             pass
         case _:
             raise ValueError("not a question as in MMLU or TruthfulQA")
+
     return text, {"TruthfulQA MC1": mc1, "TruthfulQA MC2": mc2}
 
 
@@ -244,18 +239,17 @@ def encode_choice(chat, limit, metric, prompt, targets) -> Choice:
     data.require(both, "some answers must be right (1), others wrong (0)")
 
     prompt, _, _ = data.checked(prompt, "-", "-")
-    prompt_ids, answers = chat.encode_responses(prompt, list(targets), limit)
-    without_end = [answer[:-1] for answer in answers]
+    prompt_ids, responses = chat.encode_responses(prompt, list(targets), limit)
+    without_end = [response[:-1] for response in responses]
     right = np.array(list(targets.values())) == 1
     return Choice((prompt_ids, *without_end), right, metric)
 
 
 def choice_records(file):
     """[(place, record)] of a file: a record is a list in the files of MMLU, and else a dict."""
-    if ".csv" not in file.suffixes:
-        return list(data.open_records(file))
     text = data.read_text(file)
-    if "Best Answer" in text.partition("\n")[0]:
+    header, _, _ = text.partition("\n")
+    if ".csv" not in file.suffixes or "Best Answer" in header:
         return list(data.open_records(file))
 
     # MMLU's files have no header, or one that ends in "answer".
@@ -301,7 +295,10 @@ def right_share(choice, logps):
     mass: P(right answers) / P(all answers)
     """
     best = logps.max(1, keepdims=True)
-    weights = logps == best if choice.metric == "accuracy" else np.exp(logps - best)
+    if choice.metric == "accuracy":
+        weights = logps == best
+    else:
+        weights = np.exp(logps - best)
     return weights[:, choice.right].sum(1) / weights.sum(1)
 
 
@@ -334,7 +331,9 @@ def refuses(text):
 def repetition(ids, n=4):
     """Share of an answer's n-grams of tokens that occurred in it before."""
     grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+    if not grams:
+        return 0.0
+    return 1 - len(set(grams)) / len(grams)
 
 
 def next_token_logps(model, batch, steer):
@@ -399,6 +398,7 @@ def measure_answer(chat, prompt, multiplier, ids, nll, kl):
     repeated = repetition(ids)
     refused = refuses(text)
     degenerate = not text.strip() or repeated >= REPEATED or nll >= UNLIKELY
+
     return {
         "prompt": prompt,
         "multiplier": multiplier,
@@ -494,8 +494,9 @@ def open_vector(path, config, device="cpu", layer=None):
 def split_spec(spec):
     """(file, multiplier) of FILE or FILE:MULTIPLIER."""
     path, _, m = spec.rpartition(":")
-    is_number = m.lstrip("+-").replace(".", "").isdecimal()
-    return (path, float(m)) if path and is_number else (spec, 1.0)
+    if path and m.lstrip("+-").replace(".", "").isdecimal():
+        return path, float(m)
+    return spec, 1.0
 
 
 def together(steers):
@@ -534,7 +535,10 @@ def mean_difference(model, layer, ids, last=False):
     for pair in first_pass(model, layer, ids, progress=data.Progress("first pass", quiet=True)):
         lengths = [len(part) for part in pair.ids]
         _, chosen, rejected = pair.h.float().split(lengths)  # (tokens, dim) each
-        total += chosen[-1] - rejected[-1] if last else chosen.mean(0) - rejected.mean(0)
+        if last:
+            total += chosen[-1] - rejected[-1]
+        else:
+            total += chosen.mean(0) - rejected.mean(0)
     return (total / len(ids)).to(model.device)
 
 
@@ -673,49 +677,43 @@ def baseline_steers(name, args, opened, model, whole, training):
     elif name in ("caa", "freeform"):
         last = name == "caa"
         ids = training.letters if last else training.ids
-        steer = {layer: mean_difference(model, layer, ids, last) for layer in whole}
-        steers = [steer]
-        if args.save:
-            metadata = describe(opened) | {"method": name, "data": str(args.pairs)}
-            data.save_vector(args.save / f"{name}.safetensors", steer, metadata)
+        steers = [{layer: mean_difference(model, layer, ids, last) for layer in whole}]
     else:
         steer, _ = open_vector(name, opened.config, opened.device, args.layer)
         steers = [steer]
+
+    if args.save and name in ("caa", "freeform"):
+        metadata = describe(opened) | {"method": name, "data": str(args.pairs)}
+        data.save_vector(args.save / f"{name}.safetensors", steers[0], metadata)
     return [at_norm(steer, whole, name) for steer in steers]
 
 
-def pair_tables(model, file, name, whole, others, multipliers):
-    """Yields (title, rows) for a PairFile: of the steering `whole`, called `name`, and of the
-    others, {name: [steering, ...]}, each as the mean over its list."""
+def pair_tables(model, file, compared, whole, multipliers):
+    """Yields (title, rows) for a PairFile: of the steering `whole` at the multipliers, and of those
+    compared, {name: [steering, ...]}, each as the mean over its list."""
     layer = min(whole) - 1  # the first pass goes up to the block below all vectors
     cached = first_pass(model, layer, file.ids, progress=data.Progress("first pass", quiet=True))
+    logps = pair_scores(model, layer, whole, cached, multipliers)
+    yield "pairs", pair_rows(logps, cached, multipliers, file.prompts)
 
-    # 1. The steering at each multiplier, and at both ends of the slopes below.
+    # Slopes between two ends; of --system-prompts, each sentence stands for one of the ends.
     ends = (-1, 1)
-    scored = sorted({*multipliers, *ends})
-    logps = pair_scores(model, layer, whole, cached, scored)
-    measured = logps[[scored.index(m) for m in multipliers]]
-    yield "pairs", pair_rows(measured, cached, multipliers, file.prompts)
-
-    # 2. The slopes of the steering, and of what it is compared with.
-    at_ends = logps[[scored.index(m) for m in ends]]
-    slopes_by_name = {name: slopes(at_ends, ends)[None]}  # (draws, N)
-    for other, steers in others.items():
-        draws = []
-        for steer in steers:
-            draws.append(slopes(pair_scores(model, layer, steer, cached, ends), ends))
-        slopes_by_name[other] = np.array(draws)
+    slopes_by_name = {}
+    for name, steers in compared.items():
+        tables = [pair_scores(model, layer, steer, cached, ends) for steer in steers]
+        slopes_by_name[name] = np.array([slopes(logps, ends) for logps in tables])
     if file.prompted:
-        prompted = first_pass(model, layer, file.prompted[-1] + file.prompted[1])
-        ref_logps = np.array([pair.ref_logps.tolist() for pair in prompted])
-        slopes_by_name["system prompts"] = slopes(ref_logps.reshape(2, -1, 2), ends)[None]
+        both = first_pass(model, layer, file.prompted[-1] + file.prompted[1])
+        logps = np.array([pair.ref_logps.tolist() for pair in both]).reshape(2, -1, 2)
+        slopes_by_name["system prompts"] = slopes(logps, ends)[None]
     yield "compared at -1 and +1", comparison_rows(slopes_by_name, file.prompts)
 
-    # 3. The A/B questions, two a pair.
+    # Each pair is two A/B questions, in this order.
     if file.letters:
         asked = first_pass(model, layer, file.letters)
         logps = pair_scores(model, layer, whole, asked, multipliers)
-        yield "A/B", letter_rows(logps, multipliers, np.repeat(file.prompts, 2))
+        questions = [prompt for prompt in file.prompts for _ in "AB"]
+        yield "A/B", letter_rows(logps, multipliers, questions)
 
 
 def check_flags(args):
@@ -723,10 +721,13 @@ def check_flags(args):
     data.require(args.data or args.choices or args.prompts, "give --data, --choices or --prompts")
     needs_pairs = "caa" in args.baseline or "freeform" in args.baseline
     data.require(args.pairs or not needs_pairs, "caa, freeform are computed from --pairs: give it")
-    for path in (args.plot, args.json, args.save and args.save / "caa.safetensors"):
-        if path:
-            data.check_output(path)
+
+    if args.save:
+        data.check_output(args.save / "caa.safetensors")
+    if args.json:
+        data.check_output(args.json)
     if args.plot:
+        data.check_output(args.plot)
         known = args.plot.suffix in (".svg", ".png", ".pdf") and args.plot != args.json
         data.require(known, f"--plot {args.plot}: not a .svg, .png or .pdf beside --json")
         data.optional("matplotlib")
@@ -739,14 +740,6 @@ def prompts_to_answer(args, files):
     else:
         prompts = sum([file.prompts for file in files], [])
     return list(dict.fromkeys(prompts))[: args.samples]
-
-
-def print_answers(rows):
-    """Print the `free_answers` to one prompt."""
-    lines = ["", str(rows[0]["prompt"])]
-    for row in rows:
-        lines.append(f"  {row['multiplier']:+g}: {row['answer']}")
-    print(data.printable("\n".join(lines)))
 
 
 def show_table(args, result, title, rows):
@@ -766,7 +759,9 @@ def run(args):
     opened, steers = open_all(args)
     multipliers = sorted({0.0, *args.multipliers})
     files = {path: open_pairs(path, args, opened, args.ab) for path in args.data}
-    training = args.pairs and open_pairs(args.pairs, args, opened, "caa" in args.baseline)
+    training = None
+    if args.pairs:
+        training = open_pairs(args.pairs, args, opened, "caa" in args.baseline)
     limit = opened.config.max_seq_len
     choices = {path: read_choices(path, opened.chat, limit, args.first) for path in args.choices}
     prompts = prompts_to_answer(args, files.values())
@@ -776,18 +771,17 @@ def run(args):
 
     # 2. The model, the sum of the vectors, and what it is compared with.
     model = load(*weights)
-    name = " + ".join(steers)
     whole = together(steers.values())
-    others = {}
-    if len(steers) > 1:
-        others = {spec: [steer] for spec, steer in steers.items()}
-    for each in args.baseline:
-        others[each] = baseline_steers(each, args, opened, model, whole, training)
+    compared = {" + ".join(steers): [whole]}
+    for spec, steer in steers.items():
+        compared[spec] = [steer]
+    for name in args.baseline:
+        compared[name] = baseline_steers(name, args, opened, model, whole, training)
 
     # 3. The measures.
     result = {"settings": settings, "answers": [], "tables": {}}
     for path, file in files.items():
-        for title, rows in pair_tables(model, file, name, whole, others, multipliers):
+        for title, rows in pair_tables(model, file, compared, whole, multipliers):
             show_table(args, result, f"{title}, {path}", rows)
     for path, measures in choices.items():
         for measure, questions in measures.items():
@@ -800,7 +794,9 @@ def run(args):
         result["answers"] = found
         show_table(args, result, "free answers", free_rows(found, multipliers))
         for prompt in prompts[:3]:
-            print_answers([row for row in found if row["prompt"] == prompt])
+            rows = [row for row in found if row["prompt"] == prompt]
+            lines = [f"  {row['multiplier']:+g}: {row['answer']}" for row in rows]
+            print(data.printable("\n".join(["", str(prompt), *lines])))
 
 
 # ---- chat ----------------------------------------------------------------------------------------
@@ -810,12 +806,14 @@ def say(model, chat, turns, steer, max_new_tokens):
     """The greedy answer to a conversation, printed token by token, at most to the context's end."""
     prompt = chat.encode_prompt(turns)
     space = model.config.max_seq_len - len(prompt)
-    n = max(1, min(max_new_tokens, space))  # without space, one more token is refused below
+    n = max(1, min(max_new_tokens, space))  # without space, `stream` refuses to write even one
+
     ids = []
     text = ""
-    for step in stream(model, [prompt], n, chat.eos_id, steer):
-        ids.append(step[0])
-        longer = chat.tokenizer.decode(ids).rstrip("\ufffd")  # a character that is still in parts
+    for new in stream(model, [prompt], n, chat.eos_id, steer):
+        ids.append(new[0])
+        # A character whose last token is missing decodes to U+FFFD: it waits for that token.
+        longer = chat.tokenizer.decode(ids).rstrip("\ufffd")
         print(data.printable(longer[len(text) :]), end="", flush=True)
         text = longer
     print()
@@ -830,6 +828,7 @@ def converse(args):
     steer = together(steers.values())
     m = 1.0
     turns = ()
+
     while True:
         try:
             line = input(f"\n{m:+g} (/m NUMBER, /reset)> ").strip()
@@ -839,20 +838,18 @@ def converse(args):
                 turns = ()
             elif line:
                 asked = (*turns, ("user", line))
-                for each in dict.fromkeys([0.0, m]):  # m last, once if it is 0
+                for each in dict.fromkeys([0.0, m]):  # m comes last, and only once if it is 0
                     print(f"  {each:+g}: ", end="")
                     scaled = times(each, steer)
                     text = say(model, opened.chat, asked, scaled, args.max_new_tokens)
                 turns = (*asked, ("assistant", text))
         except EOFError:
             return
-        # A wrong number, a full context or Ctrl-C ends an answer, not the conversation.
-        except (ValueError, KeyboardInterrupt) as e:
+        except (ValueError, KeyboardInterrupt) as e:  # these end an answer, not the conversation
             print(data.printable(str(e) or "stopped"))
 
 
 # ---- judge ---------------------------------------------------------------------------------------
-
 
 BEHAVIOUR = "Does the answer show this, whether or not it was asked for: {}?"
 AXBENCH = "Does the answer do what the prompt asks?", "Is the answer fluent and without repetition?"
@@ -884,6 +881,7 @@ def rate(args, row):
     their harmonic mean, None if a rating is."""
     questions, allowed = RUBRICS[args.rubric]
     material = json.dumps({"prompt": row["prompt"], "answer": row["answer"]}, ensure_ascii=False)
+
     replies = []
     ratings = []
     for question in questions:
@@ -892,21 +890,24 @@ def rate(args, row):
         replies.append(reply)
         rating = reply.rpartition("]]")[0].rpartition("[[")[2].strip()  # n of the last [[n]]
         ratings.append(int(rating) if rating in allowed.split(", ") else None)
+
     score = None if None in ratings else statistics.harmonic_mean(ratings)
     return row | {"replies": replies, "ratings": ratings, "score": score}
 
 
 def is_number(value):
-    return isinstance(value, int | float) and abs(value) < 1e9  # NaN is not
+    """Is it a number that can be averaged, and not NaN, for example?"""
+    return isinstance(value, int | float) and abs(value) < 1e9
 
 
 def read_rows(path, more):
     """{what a score is of: row | more} of answers, judged or not: those in what eval.py --json
     wrote, or the rows of a .jsonl file. Raises ValueError for a row that is no answer."""
     if path.suffix == ".json":
-        records = enumerate(data.read_json(path).get("answers", []), 1)
+        records = enumerate(read_json(path).get("answers", []), 1)
     else:
         records = data.open_records(path)
+
     rows = {}
     for place, record in records:
         with data.named(f"{path} {place}: not an answer by eval.py", Exception):
@@ -950,8 +951,8 @@ def judge_answers(args):
     # 1. An error shows the URL, and hides the key only if it is spelled there as it is here.
     plain = args.key.isprintable() and not set("\"'\\ ") & set(args.key)
     no_key_in_url = not set("?@") & set(args.url)
-    only_there = "a key is for $OPENAI_API_KEY alone, and holds no quotes and blanks"
-    data.require(plain and no_key_in_url, only_there)
+    message = "a key is for $OPENAI_API_KEY alone, and holds no quotes and blanks"
+    data.require(plain and no_key_in_url, message)
     check_out(args.out)
 
     # 2. What there is to rate, and what was rated before.
@@ -966,8 +967,7 @@ def judge_answers(args):
             try:
                 judged[key] = rate(args, row)
             except Exception as e:  # a server may reply with anything
-                message = f"{args.url}: {e!r}".replace(args.key, "***")
-                raise ValueError(message[:400]) from None
+                raise ValueError(f"{args.url}: {e!r}".replace(args.key, "***")[:400]) from None
             write_jsonl(args.out, judged.values())
         progress(i, len(rows))
     table = score_rows([judged[key] for key in rows])
@@ -993,17 +993,6 @@ def read_made_pairs(path, made_by):
     return records
 
 
-def made_pair(chat, chosen_ids, rejected_ids):
-    """{"chosen": text, "rejected": text} of two answers, or None if they make no pair: both must
-    have come to their end, say something, and differ."""
-    whole = chosen_ids[-1] == rejected_ids[-1] == chat.eos_id
-    chosen = chat.tokenizer.decode(chosen_ids).strip()
-    rejected = chat.tokenizer.decode(rejected_ids).strip()
-    if whole and chosen and rejected and chosen != rejected:
-        return {"chosen": chosen, "rejected": rejected}
-    return None
-
-
 def make_pairs(args):
     """Make pairs: the answers under the system prompt with --for become chosen, with --against
     rejected. Questions that --out holds are not answered again."""
@@ -1021,8 +1010,8 @@ def make_pairs(args):
     }
     pairs = read_made_pairs(args.out, made_by)
     questions = read_prompts(args.questions)
-    answered = [pair["prompt"] for pair in pairs]
-    missing = [question for question in questions if as_messages(question) not in answered]
+    answered = {str(pair["prompt"]) for pair in pairs}
+    missing = [question for question in questions if str(as_messages(question)) not in answered]
     prompts = []  # two a question
     for question in missing:
         prompts += [lean(chat, question, args.target), lean(chat, question, args.against)]
@@ -1034,9 +1023,12 @@ def make_pairs(args):
     for i, question in enumerate(missing, 1):
         (chosen_ids,) = next(new)  # at the only multiplier
         (rejected_ids,) = next(new)
-        pair = made_pair(chat, chosen_ids, rejected_ids)
-        if pair:
-            pairs.append({"prompt": as_messages(question), **pair, "made_by": made_by})
+        chosen = chat.tokenizer.decode(chosen_ids).strip()
+        rejected = chat.tokenizer.decode(rejected_ids).strip()
+        whole = chosen_ids[-1] == rejected_ids[-1] == chat.eos_id  # neither was cut off
+        if whole and chosen and rejected and chosen != rejected:
+            pair = {"prompt": as_messages(question), "chosen": chosen, "rejected": rejected}
+            pairs.append(pair | {"made_by": made_by})
         if pairs and (i % 16 == 0 or i == len(missing)):
             write_jsonl(args.out, pairs)
     data.require(pairs, "no pairs: the answers are empty, equal or longer than --max-new-tokens")
@@ -1044,7 +1036,6 @@ def make_pairs(args):
 
 
 # ---- Command line --------------------------------------------------------------------------------
-
 
 COMMANDS = {"": run, "chat": converse, "judge": judge_answers, "pairs": make_pairs}
 
@@ -1056,6 +1047,7 @@ def add_run_flags(add):
     add("--first", type=int, help="questions of each of these files (default: all)")
     add("--prompts", type=Path, help="to be answered instead of the pairs' prompts")
     add("--samples", type=int, default=20, help="prompts answered (default: 20)")
+
     add("--baseline", nargs="+", default=[], help="with --data: caa, freeform, random or files")
     add("--pairs", type=Path, help="training pairs, for caa and freeform")
     add("--save", type=Path, metavar="DIR", help="folder for caa and freeform as vector files")
