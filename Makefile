@@ -5,51 +5,58 @@ DEVICE ?= cpu
 DATA ?=
 
 PY := .venv/bin/python
+EXPERIMENTS := tests/experiments
 
-# See it work: train a vector on the small model in tests/tiny, then measure what it does.
+# First of all, to see it work: trains a vector on the small model in tests/tiny and measures it.
 demo: .venv/run
 	$(PY) bipo.py --model tests/tiny --data tests/tiny/$(BEHAVIOUR).train.jsonl --val tests/tiny/$(BEHAVIOUR).test.jsonl --layer $(LAYER) --out runs/$(BEHAVIOUR) --overwrite
 	$(PY) eval.py --model tests/tiny --vector runs/$(BEHAVIOUR) --data tests/tiny/$(BEHAVIOUR).test.jsonl
-	$(PY) tests/make_tiny.py --judge runs/$(BEHAVIOUR)
+	$(PY) $(EXPERIMENTS)/make_tiny.py --judge runs/$(BEHAVIOUR)
 
-# Before you trust it, and after you change it: style and the tests, in two minutes.
+# Before you trust it, and after you change it: the tests, in a minute on two cores, and style.
 test: .venv/dev
+	$(PY) -m pytest -q tests -m "not slow" -n 2 --dist worksteal
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
-	$(PY) -m pytest -q tests -m "not slow"
 
 # When you changed what these guard (long pairs, a full disk, copying files out): the other tests.
 test-slow: .venv/dev
 	$(PY) -m pytest -q tests -m slow
 
-# How fast and small it is here, beside the usual ways; on an idle machine, DEVICE=cuda on a GPU.
+# When you want to know how fast and small it is here, beside the usual ways. The machine must be
+# idle; DEVICE=cuda measures on a GPU.
 bench: .venv/dev
-	$(PY) tests/bench.py --device $(DEVICE)
+	$(PY) $(EXPERIMENTS)/bench.py --device $(DEVICE)
 
-# The paper's experiments on the small model: writes tests/RESULTS.md and the picture, six minutes.
+# When you doubt the tables of tests/experiments/RESULTS.md, or changed what they measure: makes
+# them and their picture again, in six minutes.
 reproduce: .venv/dev
-	$(PY) tests/reproduce.py
+	$(PY) $(EXPERIMENTS)/reproduce.py
 
-# See it on a real chat model, SmolLM2-135M; DATA=... is the folder data of a clone of CaoYuanpu/BiPO.
+# When you want to see it on a real chat model, SmolLM2-135M, in 19 minutes. DATA=... is the folder
+# `data` of a clone of CaoYuanpu/BiPO.
 real: .venv/dev
-	DATA="$(DATA)" $(PY) tests/real.py personas hallucination parity
+	DATA="$(DATA)" $(PY) $(EXPERIMENTS)/real.py personas hallucination parity
 
-# All experiments on that model; what is done is not done again, see tests/REAL.md.
+# When you want all experiments on that model: does those that have no result yet.
 real-all: .venv/dev
-	DATA="$(DATA)" $(PY) tests/real.py
+	DATA="$(DATA)" $(PY) $(EXPERIMENTS)/real.py
 
-# Do llama.cpp and vLLM, steered by the vector of `make real`, give our answers? Installs both.
+# When you want to serve the vector of `make real` elsewhere: installs llama.cpp and vLLM, and shows
+# whether they give our answers.
 engines: .venv/dev
-	$(PY) tests/engines.py
+	$(PY) $(EXPERIMENTS)/engines.py
 
-# When you changed tests/make_tiny.py: train the small model again, a quarter of an hour.
+# When you changed make_tiny.py: trains the small model again, in a quarter of an hour.
 tiny: .venv/run
-	$(PY) tests/make_tiny.py
+	$(PY) $(EXPERIMENTS)/make_tiny.py
 
-# Leave nothing behind but the sources.
+# When nothing but the sources is to be left.
 clean:
-	rm -rf .venv runs .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__
+	rm -rf .venv runs .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -r {} +
 
+# You never name these two: they install what the targets above need, when it has changed.
 .venv/run: requirements.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install -q -r requirements.txt

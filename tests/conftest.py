@@ -1,36 +1,95 @@
+"""What several test files share: folders and flags, small helpers, fixtures."""
+
 import json
 import os
-import subprocess
+import shutil
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "experiments")]
 
 import bipo  # noqa: E402
 import data  # noqa: E402
 import llama  # noqa: E402
 
-MINI, TINY = ROOT / "tests" / "golden" / "mini", ROOT / "tests" / "tiny"
+MINI = ROOT / "tests" / "golden" / "mini"
+TINY = ROOT / "tests" / "tiny"
 
+# The flags of bipo.py for training on golden/mini.
+MINI_SETS = ("--model", MINI, "--data", MINI / "train.csv", "--val", MINI / "test.csv")
+
+# Questions of MMLU: text, four answers, the letter of the right one.
+MMLU = '"Two, and ""two""?",1,2,4,8,C\nRed?,yes,no,maybe,"a, b",A\n'
+
+# What git leaves of a file that Git LFS holds.
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 
 # The models here are small: a second thread only waits, and on a busy machine both do.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# What a shell starts in the background ignores Ctrl-C, and so would what is tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: seconds, for what seldom breaks; `make test-slow`")
 
 
-def run_cli(script, *args):
-    """A script as a user runs it: (exit code, stdout, stderr)."""
-    command = [sys.executable, str(ROOT / script), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    return done.returncode, done.stdout, done.stderr
+# ---- helpers
+
+
+def run_main(main, *args):
+    """Run a program in this process: run_main(bipo.main, "--model", MINI, ...)."""
+    main([str(x) for x in args])
+
+
+def names_in(folder):
+    return sorted(file.name for file in folder.iterdir())
+
+
+def jsonl(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def messages(turns):
+    """Turns (role, text) as files have them."""
+    return [{"role": role, "content": text} for role, text in turns]
+
+
+def tokens_of(*shape):
+    """Token ids that every model here knows, the same at each call."""
+    return torch.randint(3, 97, shape, generator=torch.Generator().manual_seed(0))
+
+
+def logps_of(model, prompt, response, steer):
+    """The log-probs at each token of the response, (len(response), vocab_size), by one forward pass
+    over one sequence without packing."""
+    tokens = torch.tensor([prompt + response])
+    return model(tokens, steer=steer).log_softmax(-1)[0, len(prompt) - 1 : -1]
+
+
+def logp(model, prompt, response, steer):
+    """The log-prob of the response, summed over its tokens."""
+    rows = logps_of(model, prompt, response, steer)
+    return rows.gather(-1, torch.tensor(response)[:, None]).sum().item()
+
+
+def refused(reader, *parts):
+    """A ValueError that holds every part, within ten seconds."""
+    began = time.time()
+    with pytest.raises(ValueError) as e:
+        reader()
+    for part in parts:
+        assert part in str(e.value)
+    assert time.time() - began < 10
 
 
 def assert_one_line(code, err, *parts):
@@ -40,45 +99,29 @@ def assert_one_line(code, err, *parts):
         assert part in err, (part, err)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def demo_run(request, tmp_path_factory):
-    """(process, its --out) of the demo's first command, if a test waits for it. It takes a minute,
-    so it runs beside the other tests, on the other core."""
-    if not any(item.name == "test_the_demo" for item in request.session.items):
-        yield
-        return
-    out = tmp_path_factory.mktemp("demo") / "run"
-    (command,) = (x for x in (ROOT / "Makefile").read_text().splitlines() if "bipo.py" in x)
-    values = {"$(PY)": sys.executable, "runs/$(BEHAVIOUR)": out, "$(BEHAVIOUR)": "power"}
-    for name, value in (values | {"$(LAYER)": "3"}).items():
-        command = command.replace(name, str(value))
-    process = subprocess.Popen(
-        command.split(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    yield process, out
-    process.kill()
-
-
 @pytest.fixture
 def fails(capsys):
-    """Run a script's main with arguments that are wrong; the one line must hold every part."""
+    """Run a program's main with arguments that are wrong; the one line must hold every part."""
 
     def check(main, args, *parts):
         with pytest.raises(SystemExit) as e:
-            main([str(x) for x in args])
+            run_main(main, *args)
         assert_one_line(e.value.code, capsys.readouterr().err, *parts)
 
     return check
 
 
-@pytest.fixture
+# ---- golden/mini
+
+
+@pytest.fixture(scope="session")
 def mini():
-    """golden/mini: the frozen model and its chat."""
+    """The frozen model and its chat. All tests share them: who changes something undoes it."""
     model = llama.load(MINI)
     return model, data.open_chat(MINI, model.config)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def mini_pairs(mini):
     """Its training pairs after the first pass, layer 1."""
     model, chat = mini
@@ -92,6 +135,7 @@ def vector():
     return torch.randn(32, generator=torch.Generator().manual_seed(1))
 
 
-def jsonl(path, *rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+@pytest.fixture
+def model_folder(tmp_path):
+    """A copy of its folder, to be changed."""
+    return shutil.copytree(MINI, tmp_path / "model")

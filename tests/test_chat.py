@@ -1,96 +1,29 @@
-"""Checkpoints by name, tokenizers, chat templates: ids against transformers' apply_chat_template.
+"""Chat templates: prompts and answers as ids, against transformers' apply_chat_template.
 
-tests/templates holds the chat templates of real checkpoints; the tokenizers are small ones.
-"""
+tests/templates holds the chat templates of real checkpoints; the tokenizers are small ones."""
 
 import hashlib
 import json
-import shutil
-import sys
-from types import SimpleNamespace
 
 import pytest
-import tokenizers
-from conftest import MINI, ROOT, jsonl
-from hypothesis import given, settings
+from conftest import MINI, messages
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from small_tokenizers import (
+    BYTE_LEVEL,
+    CHATML,
+    HEADERS,
+    SENTENCEPIECE,
+    TEMPLATE_FILES,
+    model_config,
+    train_tokenizer,
+    write_tokenizer_json,
+    write_tokenizer_model,
+)
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-import bipo
-from data import (
-    RECIPES,
-    SYSTEM,
-    Chat,
-    Pair,
-    Tokenizer,
-    find_model,
-    load_vector,
-    open_chat,
-)
-
-TEMPLATE_FILES = {
-    file.stem: file.read_text() for file in (ROOT / "tests/templates").glob("*.jinja")
-}
-HEADERS = "<|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>"
-CHATML = "<|endoftext|> <|im_start|> <|im_end|>"
-BYTE_LEVEL = {  # control tokens, BOS, EOS, whether BOS is put before a text
-    "llama-3.1": (HEADERS, "<|begin_of_text|>", "<|eot_id|>", True),
-    "qwen2.5": (CHATML, None, "<|im_end|>", False),
-    "smollm2": (CHATML, "<|im_start|>", "<|im_end|>", False),
-}
-WORDS = (  # Llama-3's, and but for digits Qwen2.5's
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-TEXTS = "Would you like to lead the crew? Yes, gladly. No, I'd rather not. Be brief and honest."
-
-
-def write_tokenizer_json(folder, chat_template, tokens, bos, eos, bos_before):
-    """A byte-level BPE tokenizer.json and its tokenizer_config.json; transformers' tokenizer."""
-    folder.mkdir(exist_ok=True)
-    bpe = tokenizers.Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(tokenizers.Regex(WORDS), "isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator([TEXTS, "x\n\n\nx"], trainer)
-    bpe.add_special_tokens(tokens.split())
-    if bos_before:
-        special = [(bos, bpe.token_to_id(bos))]
-        bpe.post_processor = processors.TemplateProcessing(f"{bos} $A", None, special)
-    bpe.enable_truncation(4)  # as some files do
-    bpe.save(str(folder / "tokenizer.json"))
-    config = {"bos_token": bos, "eos_token": {"content": eos}, "chat_template": chat_template}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    oracle = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    oracle.no_truncation()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=oracle, bos_token=bos, eos_token=eos, chat_template=chat_template
-    )
-
-
-def write_tokenizer_model(folder, source=MINI, tokens="", **config):
-    """A sentencepiece tokenizer.model with added control tokens."""
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(source / "tokenizer.model", folder)
-    names = enumerate(["<unk>", "<s>", "</s>"])
-    added = {str(i): {"content": x, "special": True} for i, x in names}
-    added |= {str(420 + i): {"content": x, "special": True} for i, x in enumerate(tokens.split())}
-    config = {"added_tokens_decoder": added, "tokenizer_class": "LlamaTokenizer"} | config
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
-
-
-def model_config(family="llama", vocab_size=1000):
-    return SimpleNamespace(family=family, vocab_size=vocab_size)
-
-
-def messages(turns):
-    return [{"role": role, "content": text} for role, text in turns]
-
+from data import RECIPES, SYSTEM, Chat, Pair, Tokenizer, open_chat, read_pairs
+from llama import read_config
 
 ONE = (("user", "Would you lead?"),)
 MORE = (*ONE, ("assistant", "Yes, gladly."), ("user", "And now?"))
@@ -135,6 +68,9 @@ def byte_level(request, tmp_path_factory):
     return open_chat(folder, model_config()), oracle, row[0]
 
 
+# ---- the same ids as transformers
+
+
 @pytest.mark.parametrize("turns", PROMPTS)
 def test_byte_level_ids(byte_level, turns):
     chat, oracle, _ = byte_level
@@ -146,15 +82,6 @@ def test_byte_level_ids(byte_level, turns):
         system = turns[0][1]
         assert chat._replace(system=system).encode_prompt(turns[1:]) == chat.encode_prompt(turns)
         assert chat._replace(system="x").encode_prompt(turns) == chat.encode_prompt(turns)
-
-
-# template: control tokens beside <s> and </s>, whether BOS comes first, the published `legacy`
-SENTENCEPIECE = {
-    "zephyr": "",
-    "mistral-v0.3": "[INST] [/INST]",
-    "yi": CHATML,
-    "smollm2": CHATML,
-}
 
 
 @pytest.mark.parametrize("legacy", [True, False])
@@ -188,16 +115,6 @@ def test_sentencepiece_ids(template, kind, legacy, tmp_path):
         assert response == chat.encode_responses("Hi", ["Yes, gladly."])[1][0]
 
 
-def test_a_system_prompt_that_the_template_moves_is_no_part_of_the_response(tmp_path):
-    """Mistral v0.3's stands in the last turn, if that is the user's."""
-    template = TEMPLATE_FILES["mistral-v0.3"]
-    folder = write_tokenizer_model(tmp_path, tokens="[INST] [/INST]", chat_template=template)
-    chat = open_chat(folder, model_config(), system="Be brief.")
-    assert render(chat, "Lead?") == "<s>[INST] Be brief.\n\nLead?[/INST]"
-    bare = chat._replace(system=None)
-    assert chat.encode_responses("Lead?", ["Yes"])[1] == bare.encode_responses("Lead?", ["Yes"])[1]
-
-
 def test_the_longest_control_token_is_taken(tmp_path):
     folder = write_tokenizer_model(
         tmp_path, tokens="<|im <|im_start|> <|im_end|> |>", chat_template=TEMPLATE_FILES["yi"]
@@ -227,6 +144,188 @@ def test_normalizer_that_puts_a_space_before_each_text(tmp_path):
         assert_ids_are_transformers(chat, oracle, turns)
 
 
+def test_the_environment_is_transformers(tmp_path):
+    """Blocks for a trainer's mask, loop controls, tojson, special tokens; no tools."""
+    template = (
+        "{{ {'b': '<é>', 'a': [1]} | tojson }}{{ [tools, documents] | tojson(indent=1) }}"
+        "{%- for m in messages %}\n    {%- if loop.index > 3 %}{% break %}{% endif %}\n"
+        "  {% if m.role == 'assistant' %}\n{% generation %}\n{{ m.content }}{{ eos_token }}"
+        "{% endgeneration %}\n{% else %}\n{{ pad_token + unk_token + m.content }}\n  {% endif %}"
+        "{% endfor %}"
+    )
+    folder = write_tokenizer_model(
+        tmp_path, tokens="[PAD]", chat_template=template, pad_token="[PAD]",
+        unk_token="<unk>", bos_token="<s>", eos_token="</s>", legacy=True,
+    )  # fmt: skip
+    oracle = LlamaTokenizer.from_pretrained(folder)
+    chat = open_chat(folder, model_config("other"), "own")
+    theirs = oracle.apply_chat_template(
+        messages(MORE), add_generation_prompt=True, return_dict=False
+    )
+    assert chat.encode_prompt(MORE) == theirs and "<é>" in oracle.decode(theirs)
+
+
+# ---- the same ids as the official trainer
+
+TOKENIZER = Tokenizer(MINI)
+
+
+def test_ids_are_the_official_trainers():
+    rows = json.loads((MINI / "trace.json").read_text())["rows"]
+    chat, pairs = Chat(TOKENIZER), read_pairs(MINI / "train.csv")
+    assert len(rows) == len(pairs) == 11
+    for i, pair in enumerate(pairs):
+        row, ids = rows[str(i)], chat.encode_pair(pair)
+        assert "".join(chat.split(pair.prompt)) == "<s>" + row["prompt"]
+        assert ids.prompt == row["prompt_ids"]
+        assert ids.prompt + ids.chosen == row["chosen_ids"]
+        assert ids.prompt + ids.rejected == row["rejected_ids"]
+        assert len(ids.prompt) == row["chosen_start"] == row["rejected_start"]
+
+
+def test_templates():
+    def render(template, system):
+        return "".join(Chat(TOKENIZER, template, system).split("Hi {there}"))
+
+    s = "<<SYS>>\nS {x}\n<</SYS>>\n\n"
+    assert render("llama-2", "S {x}") == f"<s>[INST] {s}Hi {{there}} [/INST]"
+    assert render("mistral", "S {x}") == "<s>[INST] S {x}\nHi {there} [/INST]"
+    assert render("llama-2", "") == render("mistral", "") == "<s>[INST] Hi {there} [/INST]"
+
+
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+def test_recipes_with_more_turns():
+    """As FastChat renders them, with the system prompt in the first turn and BOS as ids."""
+    turns, pieces = (BRIEF, *MORE), Tokenizer(MINI).encode
+    rendered = {
+        "llama-2": [
+            "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nWould you lead? [/INST] Yes, gladly. ",
+            2, 1, "[INST] And now? [/INST]",
+        ],
+        "mistral": [
+            "[INST] Be brief.\nWould you lead? [/INST] Yes, gladly.", 2, "[INST] And now? [/INST]"
+        ],
+        "vicuna": [
+            "Be brief. USER: Would you lead? ASSISTANT: Yes, gladly.",
+            2, "USER: And now? ASSISTANT:"
+        ],
+        "plain": ["Be brief.\n\nWould you lead?Yes, gladly.\n\nAnd now?"],
+    }  # fmt: skip
+    for name in RECIPES:
+        ids = [1]
+        for piece in rendered[name]:
+            ids += [piece] if isinstance(piece, int) else pieces(piece)
+        assert Chat(Tokenizer(MINI), name, "x").encode_prompt(turns) == ids
+        prompt, (response,) = Chat(Tokenizer(MINI), name, "").encode_responses(MORE, ["Yes. "])
+        last = rendered[name][-1] if name != "plain" else "Would you lead?Yes, gladly.\n\nAnd now?"
+        joint = pieces(last + " " * (name != "plain") + "Yes. ")[len(pieces(last)) :]
+        assert response == [*joint, 2]
+        assert Chat(Tokenizer(MINI), name, "").eos_id == 2
+
+
+def test_the_recipes_ids_do_not_depend_on_legacy(tmp_path):
+    """The official trainer tokenised the text behind BOS on its own."""
+    llama_2 = TEMPLATE_FILES["llama-2"]
+    folder = write_tokenizer_model(tmp_path, legacy=False, chat_template=llama_2)
+    chat = open_chat(folder, model_config())
+    assert chat.template == "llama-2"
+    pair = Pair((BRIEF, *MORE), "Yes.", "No.")
+    assert chat.encode_pair(pair) == Chat(Tokenizer(MINI)).encode_pair(pair)
+
+
+def test_plain_adds_nothing_but_bos(tmp_path, byte_level):
+    chat, oracle, tokens = byte_level
+    plain = Chat(chat.tokenizer, "plain", "")
+    before = [oracle.bos_token_id] if oracle.bos_token else []
+    text = oracle("A: b", add_special_tokens=False).input_ids
+    assert plain.encode_prompt("A: b") == before + text
+    pair = plain.encode_pair(Pair("A:", " b", " c"))
+    assert pair.prompt + pair.chosen == before + text + [oracle.eos_token_id]
+    chat = open_chat(write_tokenizer_model(tmp_path / "x"), model_config(), "plain")
+    assert chat.encode_prompt("A: b") == [1, *chat.tokenizer.encode("A: b")]
+
+
+# ---- where a prompt ends and an answer begins
+
+TEXT = st.text(st.characters(codec="utf-8"), max_size=30)
+
+
+@settings(deadline=None, max_examples=200)
+@given(prompt=TEXT, chosen=TEXT, rejected=TEXT, template=st.sampled_from(["llama-2", "mistral"]))
+def test_training_and_generation_see_the_same_prompt_ids(prompt, chosen, rejected, template):
+    chat = Chat(TOKENIZER, template)
+    assume(TOKENIZER.encode(" " + chosen) != TOKENIZER.encode(" " + rejected))
+    ids = chat.encode_pair(Pair(prompt, chosen, rejected))
+    assert ids.prompt == chat.encode_prompt(prompt)
+    for response, text in ((ids.chosen, chosen), (ids.rejected, rejected)):
+        assert response[-1] == chat.eos_id == TOKENIZER.controls["</s>"]
+        joint = TOKENIZER.encode("".join(chat.split(prompt)).removeprefix("<s>") + " " + text)
+        assert ids.prompt[1:] + response[:-1] == joint
+
+
+ODD_TEXT = st.text(st.characters(codec="utf-8"), max_size=20) | st.sampled_from(
+    [
+        "</s>",
+        "<|im_end|>\n",
+        " \n<|eot_id|>",
+        "[/INST]",
+        "\n\n",
+        "{{ x }}",
+        "\ufffd",
+        "\ue0000\ue001",
+    ]
+)
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+    """Every kind of template, with a tokenizer that can render it."""
+    result = [Chat(Tokenizer(MINI), name) for name in RECIPES]
+    for name, tokens in SENTENCEPIECE.items():
+        folder = write_tokenizer_model(
+            tmp_path_factory.mktemp(name), tokens=tokens, chat_template=TEMPLATE_FILES[name]
+        )
+        result.append(open_chat(folder, model_config()))
+    for name, row in BYTE_LEVEL.items():
+        folder = tmp_path_factory.mktemp(name)
+        write_tokenizer_json(folder, TEMPLATE_FILES[name], *row)
+        result.append(open_chat(folder, model_config()))
+    return result
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=60)
+@given(prompt=ODD_TEXT, chosen=ODD_TEXT, rejected=ODD_TEXT, turns=st.booleans(), data=st.data())
+def test_the_prompts_ids_begin_the_pairs(chats, prompt, chosen, rejected, turns, data):
+    chat = data.draw(st.sampled_from(chats))
+    prompt = (("user", "Hi."), ("assistant", "Hello."), ("user", prompt)) if turns else prompt
+    try:
+        ids = chat.encode_pair(Pair(prompt, chosen, rejected))
+    except ValueError as e:
+        assert "same tokens" in str(e) or "spans the end" in str(e)
+        return
+    assert ids.prompt == chat.encode_prompt(prompt)
+    controls = set(chat.tokenizer.controls.values())
+    assert [i for i in ids.chosen if i in controls] == ids.chosen[-1:] == [chat.eos_id]
+    text = chat.tokenizer.decode(chat.tokenizer.encode("x" + chosen))
+    assert chat.tokenizer.decode(ids.chosen).strip() == text[1:].strip()
+
+
+def test_a_system_prompt_that_the_template_moves_is_no_part_of_the_response(tmp_path):
+    """Mistral v0.3's stands in the last turn, if that is the user's."""
+    template = TEMPLATE_FILES["mistral-v0.3"]
+    folder = write_tokenizer_model(tmp_path, tokens="[INST] [/INST]", chat_template=template)
+    chat = open_chat(folder, model_config(), system="Be brief.")
+    assert render(chat, "Lead?") == "<s>[INST] Be brief.\n\nLead?[/INST]"
+    bare = chat._replace(system=None)
+    assert chat.encode_responses("Lead?", ["Yes"])[1] == bare.encode_responses("Lead?", ["Yes"])[1]
+
+
 def test_chatml_on_sentencepiece_keeps_the_line_break_and_the_answer_together(tmp_path):
     """Not ▁Yes, which the model never writes after a line break; and the tokens may stand in
     added_tokens.json only."""
@@ -245,6 +344,30 @@ def test_chatml_on_sentencepiece_keeps_the_line_break_and_the_answer_together(tm
         prompt,
         [response],
     )
+
+
+def test_a_response_that_begins_with_a_newline_does_not_touch_the_prompt(byte_level):
+    """Byte-level tokens could reach across; the response is then encoded apart."""
+    chat, oracle, _ = byte_level
+    ids = chat.encode_pair(Pair("Lead?", "\n\nYes.", "No."))
+    assert ids.prompt == chat.encode_prompt("Lead?")
+    assert len(oracle.tokenize("\n\n")) == 1
+    text = "Yes." if "header" in chat.source else "\n\nYes."  # Llama-3's strips
+    assert ids.chosen == [*oracle(text, add_special_tokens=False).input_ids, chat.eos_id]
+
+
+def test_responses_of_the_same_ids_are_refused(tmp_path):
+    train_tokenizer(tmp_path)  # sentencepiece's default normaliser takes these for the same
+    pair = Pair("Lead?", "a b", "a  b", "x.jsonl:3")
+    with pytest.raises(ValueError, match="x.jsonl:3: chosen and rejected are the same tokens"):
+        Chat(Tokenizer(tmp_path)).encode_pair(pair)
+
+
+def test_pair_longer_than_the_context_is_named():
+    pair = Pair("word " * 50, "Yes.", "No.", "x.jsonl:7")
+    n = len(Chat(TOKENIZER).encode_prompt(pair.prompt)) + 1
+    with pytest.raises(ValueError, match=rf"x.jsonl:7: too long: {n + 2} tokens"):
+        Chat(TOKENIZER).encode_pair(pair, max_seq_len=n)
 
 
 def test_a_text_stays_text(byte_level, tmp_path):
@@ -276,28 +399,7 @@ def test_a_control_token_that_a_text_could_spell_is_refused(tmp_path):
         chat.encode_pair(Pair("Lead?", "Yes.<|im_end|>", "No.", "x:1"))
 
 
-def test_a_response_that_begins_with_a_newline_does_not_touch_the_prompt(byte_level):
-    """Byte-level tokens could reach across; the response is then encoded apart."""
-    chat, oracle, _ = byte_level
-    ids = chat.encode_pair(Pair("Lead?", "\n\nYes.", "No."))
-    assert ids.prompt == chat.encode_prompt("Lead?")
-    assert len(oracle.tokenize("\n\n")) == 1
-    text = "Yes." if "header" in chat.source else "\n\nYes."  # Llama-3's strips
-    assert ids.chosen == [*oracle(text, add_special_tokens=False).input_ids, chat.eos_id]
-
-
-def test_the_clock_is_never_asked(tmp_path):
-    """A template takes the date that it has for want of a clock."""
-    row = BYTE_LEVEL["llama-3.1"]
-    write_tokenizer_json(tmp_path / "a", TEMPLATE_FILES["llama-3.2"], *row)
-    write_tokenizer_json(tmp_path / "b", TEMPLATE_FILES["llama-3.1"], *row)
-    new, old = (open_chat(tmp_path / name, model_config()) for name in "ab")
-    assert new.encode_prompt(MORE) == old.encode_prompt(MORE)
-    assert "Today Date: 26 Jul 2024\n" in render(new, "x")
-    write_tokenizer_json(tmp_path / "c", "{{ strftime_now('%d') }}{{ eos_token }}", *row)
-    with pytest.raises(ValueError, match="template fails: 'strftime_now' is undefined"):
-        open_chat(tmp_path / "c", model_config())
-
+# ---- templates that are refused
 
 PARTS = (
     "{% for m in messages %}{% if m.role == 'assistant' %}",
@@ -357,85 +459,43 @@ def test_a_template_that_cuts_an_answer_is_refused_where_it_does(tmp_path):
         chat.encode_pair(Pair("Q", "Well.</think>Yes.", "No.", "x:1"))
 
 
-def test_the_environment_is_transformers(tmp_path):
-    """Blocks for a trainer's mask, loop controls, tojson, special tokens; no tools."""
-    template = (
-        "{{ {'b': '<é>', 'a': [1]} | tojson }}{{ [tools, documents] | tojson(indent=1) }}"
-        "{%- for m in messages %}\n    {%- if loop.index > 3 %}{% break %}{% endif %}\n"
-        "  {% if m.role == 'assistant' %}\n{% generation %}\n{{ m.content }}{{ eos_token }}"
-        "{% endgeneration %}\n{% else %}\n{{ pad_token + unk_token + m.content }}\n  {% endif %}"
-        "{% endfor %}"
-    )
-    folder = write_tokenizer_model(
-        tmp_path, tokens="[PAD]", chat_template=template, pad_token="[PAD]",
-        unk_token="<unk>", bos_token="<s>", eos_token="</s>", legacy=True,
-    )  # fmt: skip
-    oracle = LlamaTokenizer.from_pretrained(folder)
-    chat = open_chat(folder, model_config("other"), "own")
-    theirs = oracle.apply_chat_template(
-        messages(MORE), add_generation_prompt=True, return_dict=False
-    )
-    assert chat.encode_prompt(MORE) == theirs and "<é>" in oracle.decode(theirs)
+ORDERS = [
+    "",
+    "assistant",
+    "user assistant",
+    "system",
+    "user user",
+    "user system user",
+    "user tool user",
+]
 
 
-def test_plain_adds_nothing_but_bos(tmp_path, byte_level):
-    chat, oracle, tokens = byte_level
-    plain = Chat(chat.tokenizer, "plain", "")
-    before = [oracle.bos_token_id] if oracle.bos_token else []
-    text = oracle("A: b", add_special_tokens=False).input_ids
-    assert plain.encode_prompt("A: b") == before + text
-    pair = plain.encode_pair(Pair("A:", " b", " c"))
-    assert pair.prompt + pair.chosen == before + text + [oracle.eos_token_id]
-    chat = open_chat(write_tokenizer_model(tmp_path / "x"), model_config(), "plain")
-    assert chat.encode_prompt("A: b") == [1, *chat.tokenizer.encode("A: b")]
+@pytest.mark.parametrize("roles", ORDERS)
+@pytest.mark.parametrize("template", RECIPES)
+def test_conversations_in_another_order_are_refused(template, roles):
+    chat = Chat(Tokenizer(MINI), template)
+    turns = tuple((role, "x") for role in roles.split())
+    message = f"turns are user, assistant, .*, not {roles!r}$"
+    with pytest.raises(ValueError, match=message):
+        chat.encode_prompt(turns)
+    with pytest.raises(ValueError, match="^x.jsonl:3: turns are user, "):
+        chat.encode_pair(Pair(turns, "Yes.", "No.", "x.jsonl:3"))
 
 
-VICUNA = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
+def test_the_clock_is_never_asked(tmp_path):
+    """A template takes the date that it has for want of a clock."""
+    row = BYTE_LEVEL["llama-3.1"]
+    write_tokenizer_json(tmp_path / "a", TEMPLATE_FILES["llama-3.2"], *row)
+    write_tokenizer_json(tmp_path / "b", TEMPLATE_FILES["llama-3.1"], *row)
+    new, old = (open_chat(tmp_path / name, model_config()) for name in "ab")
+    assert new.encode_prompt(MORE) == old.encode_prompt(MORE)
+    assert "Today Date: 26 Jul 2024\n" in render(new, "x")
+    write_tokenizer_json(tmp_path / "c", "{{ strftime_now('%d') }}{{ eos_token }}", *row)
+    with pytest.raises(ValueError, match="template fails: 'strftime_now' is undefined"):
+        open_chat(tmp_path / "c", model_config())
 
 
-def test_recipes_with_more_turns():
-    """As FastChat renders them, with the system prompt in the first turn and BOS as ids."""
-    turns, pieces = (BRIEF, *MORE), Tokenizer(MINI).encode
-    rendered = {
-        "llama-2": [
-            "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nWould you lead? [/INST] Yes, gladly. ",
-            2, 1, "[INST] And now? [/INST]",
-        ],
-        "mistral": [
-            "[INST] Be brief.\nWould you lead? [/INST] Yes, gladly.", 2, "[INST] And now? [/INST]"
-        ],
-        "vicuna": [
-            "Be brief. USER: Would you lead? ASSISTANT: Yes, gladly.",
-            2, "USER: And now? ASSISTANT:"
-        ],
-        "plain": ["Be brief.\n\nWould you lead?Yes, gladly.\n\nAnd now?"],
-    }  # fmt: skip
-    for name in RECIPES:
-        ids = [1]
-        for piece in rendered[name]:
-            ids += [piece] if isinstance(piece, int) else pieces(piece)
-        assert Chat(Tokenizer(MINI), name, "x").encode_prompt(turns) == ids
-        prompt, (response,) = Chat(Tokenizer(MINI), name, "").encode_responses(MORE, ["Yes. "])
-        last = rendered[name][-1] if name != "plain" else "Would you lead?Yes, gladly.\n\nAnd now?"
-        joint = pieces(last + " " * (name != "plain") + "Yes. ")[len(pieces(last)) :]
-        assert response == [*joint, 2]
-        assert Chat(Tokenizer(MINI), name, "").eos_id == 2
-
-
-def test_the_recipes_ids_do_not_depend_on_legacy(tmp_path):
-    """The official trainer tokenised the text behind BOS on its own."""
-    llama_2 = TEMPLATE_FILES["llama-2"]
-    folder = write_tokenizer_model(tmp_path, legacy=False, chat_template=llama_2)
-    chat = open_chat(folder, model_config())
-    assert chat.template == "llama-2"
-    pair = Pair((BRIEF, *MORE), "Yes.", "No.")
-    assert chat.encode_pair(pair) == Chat(Tokenizer(MINI)).encode_pair(pair)
-
-
-# ---- which template, which tokenizer
+# ---- which template
 
 
 def test_template_by_the_checkpoints_own_files(tmp_path, capsys):
@@ -492,6 +552,12 @@ def test_template_by_the_checkpoints_own_files(tmp_path, capsys):
         open_chat(tmp_path / "base", model_config())
 
 
+def test_template_follows_the_model_unless_given():
+    config = read_config(MINI)
+    assert open_chat(MINI, config)[1:3] == ("llama-2", SYSTEM)
+    assert open_chat(MINI, config, "mistral", "")[1:3] == ("mistral", "")
+
+
 def test_a_template_that_the_user_names(tmp_path, capsys):
     yi, zephyr = TEMPLATE_FILES["yi"], TEMPLATE_FILES["zephyr"]
     folder = write_tokenizer_model(tmp_path / "x", tokens=CHATML, chat_template=yi)
@@ -514,205 +580,3 @@ def test_a_template_that_the_user_names(tmp_path, capsys):
         open_chat(MINI, config, "own")
     with pytest.raises(ValueError, match="cannot read none.jinja: .*No such file"):
         open_chat(MINI, config, "none.jinja")
-
-
-def test_a_tokenizer_that_does_not_fit(tmp_path):
-    write_tokenizer_json(tmp_path, TEMPLATE_FILES["qwen2.5"], *BYTE_LEVEL["qwen2.5"])
-    with pytest.raises(ValueError, match="the chat template fails: 'bos_token' is undefined"):
-        open_chat(tmp_path, model_config(), "llama-2")
-    assert open_chat(tmp_path, model_config(), "plain").system == ""
-    with pytest.raises(
-        ValueError, match=r"3\d\d tokens in tokenizer.json \w{12}, more than in the"
-    ):
-        open_chat(tmp_path, model_config(vocab_size=300))
-    yi = TEMPLATE_FILES["yi"]
-    folder = write_tokenizer_model(tmp_path / "x", tokens=CHATML, chat_template=yi)
-    with pytest.raises(ValueError, match="423 tokens in tokenizer.model"):
-        open_chat(folder, model_config(vocab_size=422))
-
-
-@pytest.mark.parametrize("kind", ["tokenizer.model", "tokenizer.json"])
-def test_a_pad_token_beyond_the_embedding_is_no_fault(tmp_path, kind):
-    if kind == "tokenizer.json":
-        row = BYTE_LEVEL["qwen2.5"]
-        write_tokenizer_json(tmp_path, TEMPLATE_FILES["qwen2.5"], row[0] + " <pad>", *row[1:])
-        size = Tokenizer(tmp_path).controls["<pad>"]
-    else:
-        write_tokenizer_model(tmp_path, tokens="<pad>")
-        size = 420
-    chat = open_chat(tmp_path, model_config(vocab_size=size))
-    assert max(chat.encode_prompt("Lead?")) < size
-    with pytest.raises(ValueError, match="more than in the model"):
-        open_chat(tmp_path, model_config(vocab_size=size - 1))
-
-
-ORDERS = [
-    "",
-    "assistant",
-    "user assistant",
-    "system",
-    "user user",
-    "user system user",
-    "user tool user",
-]
-
-
-@pytest.mark.parametrize("roles", ORDERS)
-@pytest.mark.parametrize("template", RECIPES)
-def test_conversations_in_another_order_are_refused(template, roles):
-    chat = Chat(Tokenizer(MINI), template)
-    turns = tuple((role, "x") for role in roles.split())
-    message = f"turns are user, assistant, .*, not {roles!r}$"
-    with pytest.raises(ValueError, match=message):
-        chat.encode_prompt(turns)
-    with pytest.raises(ValueError, match="^x.jsonl:3: turns are user, "):
-        chat.encode_pair(Pair(turns, "Yes.", "No.", "x.jsonl:3"))
-
-
-def test_tokenizer_model_is_preferred_to_tokenizer_json(tmp_path, monkeypatch):
-    write_tokenizer_json(tmp_path, TEMPLATE_FILES["qwen2.5"], *BYTE_LEVEL["qwen2.5"])
-    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # Llama-3's, tiktoken
-    assert Tokenizer(tmp_path).name.startswith("tokenizer.json ")
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ValueError, match="tokenizer.json: .*a package, pip install tokenizers"):
-        Tokenizer(tmp_path)
-    shutil.copy(MINI / "tokenizer.model", tmp_path)
-    assert Tokenizer(tmp_path).name == Tokenizer(MINI).name == "tokenizer.model " + MINI_SHA
-    for content in ("{", "[]"):
-        (tmp_path / "tokenizer_config.json").write_text(content)
-        with pytest.raises(ValueError, match="tokenizer_config.json"):
-            Tokenizer(tmp_path)
-
-
-MINI_SHA = hashlib.sha256((MINI / "tokenizer.model").read_bytes()).hexdigest()[:12]
-
-
-def test_files_that_are_no_tokenizer_json(tmp_path):
-    for content in ("", "{", "{}", '{"model": {"type": "none"}}'):
-        (tmp_path / "tokenizer.json").write_text(content)
-        with pytest.raises(ValueError, match="^cannot read .*tokenizer.json: "):
-            Tokenizer(tmp_path)
-
-
-words = st.text(st.characters(codec="utf-8"), max_size=20) | st.sampled_from(
-    [
-        "</s>",
-        "<|im_end|>\n",
-        " \n<|eot_id|>",
-        "[/INST]",
-        "\n\n",
-        "{{ x }}",
-        "\ufffd",
-        "\ue0000\ue001",
-    ]
-)
-
-
-@pytest.mark.slow
-@settings(deadline=None, max_examples=60)
-@given(prompt=words, chosen=words, rejected=words, turns=st.booleans(), data=st.data())
-def test_the_prompts_ids_begin_the_pairs(chats, prompt, chosen, rejected, turns, data):
-    chat = data.draw(st.sampled_from(chats))
-    prompt = (("user", "Hi."), ("assistant", "Hello."), ("user", prompt)) if turns else prompt
-    try:
-        ids = chat.encode_pair(Pair(prompt, chosen, rejected))
-    except ValueError as e:
-        assert "same tokens" in str(e) or "spans the end" in str(e)
-        return
-    assert ids.prompt == chat.encode_prompt(prompt)
-    controls = set(chat.tokenizer.controls.values())
-    assert [i for i in ids.chosen if i in controls] == ids.chosen[-1:] == [chat.eos_id]
-    text = chat.tokenizer.decode(chat.tokenizer.encode("x" + chosen))
-    assert chat.tokenizer.decode(ids.chosen).strip() == text[1:].strip()
-
-
-@pytest.fixture(scope="module")
-def chats(tmp_path_factory):
-    """Every kind of template, with a tokenizer that can render it."""
-    result = [Chat(Tokenizer(MINI), name) for name in RECIPES]
-    for name, tokens in SENTENCEPIECE.items():
-        folder = write_tokenizer_model(
-            tmp_path_factory.mktemp(name), tokens=tokens, chat_template=TEMPLATE_FILES[name]
-        )
-        result.append(open_chat(folder, model_config()))
-    for name, row in BYTE_LEVEL.items():
-        folder = tmp_path_factory.mktemp(name)
-        write_tokenizer_json(folder, TEMPLATE_FILES[name], *row)
-        result.append(open_chat(folder, model_config()))
-    return result
-
-
-# ---- decoding
-
-
-def test_decode_leaves_control_tokens_out(tmp_path):
-    added = {str(i): {"content": f"<|{i}|>"} for i in (300, 420)}
-    tokenizer = Tokenizer(write_tokenizer_model(tmp_path, added_tokens_decoder=added))
-    text = tokenizer.encode("one two")
-    assert tokenizer.size == 420 and not {1, 2, 300} & set(text)
-    assert tokenizer.decode([1, *text, 300, 2, 420, 999]) == "one two"
-
-
-# ---- through the doors
-
-
-def test_a_vector_knows_its_tokenizer_template_and_system_prompt(tmp_path):
-    model = tmp_path / "model"
-    write_tokenizer_json(model, TEMPLATE_FILES["smollm2"], *BYTE_LEVEL["smollm2"])
-    for name in ("config.json", "model.safetensors"):
-        shutil.copy(MINI / name, model)
-    rows = [{"prompt": x, "chosen": "Yes, gladly.", "rejected": "No."} for x in ("Lead?", "Go?")]
-    data = jsonl(tmp_path / "x.jsonl", *rows)
-    args = ["--model", model, "--data", data, "--val", data, "--layer", 1, "--epochs", 1]
-    for name, more in (("a", []), ("b", ["--system", "Be brief."])):
-        bipo.main([str(x) for x in (*args, "--out", tmp_path / name, *more)])
-        _, metadata = load_vector(tmp_path / name)
-        chat = open_chat(model, model_config(), metadata["template"], metadata.get("system"))
-        assert metadata["template"] == chat.template and chat.template.startswith("own ")
-        assert metadata.get("system") == chat.system == (more[1] if more else None)
-        assert metadata["tokenizer"] == chat.tokenizer.name
-
-
-def test_a_wrong_template_is_one_line(tmp_path, fails):
-    args = "--model", MINI, "--data", MINI / "train.csv", "--layer", 1, "--out", tmp_path / "x"
-    for name in ("tpyo", "own", "chatml"):
-        fails(bipo.main, (*args, "--template", name), "no template", "llama-2, mistral, vicuna")
-    fails(bipo.main, (*args, "--template", tmp_path / "no.jinja"), "cannot read", "no.jinja")
-    assert not (tmp_path / "x").exists()
-
-
-# ---- models by name
-
-
-def cached(home, hub_id, *revisions, main=None):
-    """A repository as huggingface_hub lays it out: the files are links to blobs."""
-    repo = home / "hub" / f"models--{hub_id.replace('/', '--')}"
-    (repo / "blobs").mkdir(parents=True)
-    for name in ("config.json", "tokenizer.model"):
-        shutil.copy(MINI / name, repo / "blobs" / f"0{name[0]}")
-        for revision in revisions:
-            (repo / "snapshots" / revision).mkdir(parents=True, exist_ok=True)
-            (repo / "snapshots" / revision / name).symlink_to(f"../../blobs/0{name[0]}")
-    if main:
-        (repo / "refs").mkdir()
-        (repo / "refs" / "main").write_text(main)
-    return repo
-
-
-def test_the_hugging_face_cache(tmp_path, monkeypatch):
-    """As huggingface_hub lays it out, and looks it up; nothing is downloaded."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    repo = cached(tmp_path, "Qwen/Qwen2.5-0.5B-Instruct", "abc", "def", main="def")
-    found = repo / "snapshots" / "def", "Qwen/Qwen2.5-0.5B-Instruct"
-    for name in reversed(found):
-        assert find_model(name)[0] == found[0]
-    assert find_model(found[1]) == found
-    assert Tokenizer(found[0]).name == Tokenizer(MINI).name
-
-    cached(tmp_path, "lmsys/vicuna-7b-v1.5", "123", main="123")
-    assert open_chat(find_model("lmsys/vicuna-7b-v1.5")[0], model_config()).template == "vicuna"
-    cached(tmp_path, "a/gone", "1", main="2")  # a download that was interrupted
-    with pytest.raises(
-        ValueError, match="no model 'a/gone': no folder, nor in the cache; hf download a/gone"
-    ):
-        find_model("a/gone")

@@ -1,4 +1,4 @@
-"""tests/engines.py, with small programs in place of llama.cpp and vLLM that answer from a file.
+"""engines.py, with small programs in place of llama.cpp and vLLM that answer from a file.
 
 They know the multiplier only from what steers them: the server from its flags, vLLM from the hook.
 Installing the real ones takes minutes, and is `make engines`.
@@ -16,7 +16,8 @@ from conftest import MINI, ROOT, assert_one_line
 
 import data
 
-REPORT = (ROOT / "tests" / "REAL.md").read_text(encoding="utf-8")
+REPORT = (ROOT / engines.REPORT).read_text(encoding="utf-8")
+RESULT = json.loads((ROOT / engines.RESULTS / "engines.json").read_text(encoding="utf-8"))
 
 TOOLS = "from pathlib import Path\ndef get_binary_path(): return Path(__file__)\n"
 
@@ -105,7 +106,7 @@ def place(tmp_path, monkeypatch):
     """A folder like the repository's, with a small model, a vector, and no engine."""
     monkeypatch.setattr(engines, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
-    for folder in ("tests/real", "runs/real"):
+    for folder in ("tests/experiments/real", "runs/real"):
         Path(folder).mkdir(parents=True)
     text = re.sub(
         "<!-- engines -->\n.*?<!-- end -->",
@@ -149,7 +150,7 @@ def test_both_engines_are_asked_and_compared(with_engines, capsys):
     engines.main([])
     printed = capsys.readouterr().out
     assert "installing" not in printed
-    rows = json.loads(Path("tests/real/engines.json").read_text())["rows"]
+    rows = json.loads(Path("tests/experiments/real/engines.json").read_text())["rows"]
     _, ours, _ = engines.our_answers()
     tokens = [sum(map(len, found)) for found in ours]
     assert [row["multiplier"] for row in rows] == ["-8", "+0", "+8"] * 3
@@ -174,7 +175,7 @@ def test_one_engine_fails_and_the_other_runs(with_engines, capsys):
     assert_one_line(e.value.code, line, "vllm: RuntimeError: no AVX2; see runs/engines/vllm.log\n")
     assert "llama.cpp:" not in line
     assert "| llama.cpp, F32 | +8 | 3 | 3 |" in printed
-    assert not Path("tests/real/engines.json").exists()
+    assert not Path("tests/experiments/real/engines.json").exists()
 
 
 def test_a_server_that_ends_or_never_starts(with_engines, monkeypatch):
@@ -240,13 +241,11 @@ def test_tokens_after_a_difference_do_not_count():
 
 
 def test_every_answer_of_an_exact_engine_equals_ours():
-    result = json.loads((ROOT / "tests" / "real" / "engines.json").read_text(encoding="utf-8"))
-    exact = [row for row in result["rows"] if row["engine"] != "llama.cpp, Q4_1"]
+    exact = [row for row in RESULT["rows"] if row["engine"] != "llama.cpp, Q4_1"]
     assert [row["engine"] for row in exact] == ["llama.cpp, F32"] * 3 + ["vLLM"] * 3
     assert all(row["equal"] == row["answers"] == 3 for row in exact)
 
 
 def test_the_report_has_the_table():
     (block,) = re.findall("<!-- engines -->\n(.*?)\n<!-- end -->", REPORT, re.DOTALL)
-    result = json.loads((ROOT / "tests" / "real" / "engines.json").read_text(encoding="utf-8"))
-    assert block == engines.report(result)
+    assert block == engines.report(RESULT)

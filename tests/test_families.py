@@ -8,16 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import MINI
+import transformers
+from conftest import MINI, run_main, tokens_of
 from safetensors.torch import load_file
 
 import bipo
 import llama
 from data import load_vector
 from llama import Checkpoint, Config, load, read_config
-
-transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
 
 # The fields of each config.json that say what is computed, as they stand there: those left out are
 # left out there too, and so are nulls, but where a null matters.
@@ -101,10 +99,6 @@ def make(folder, fields):
             weight.uniform_(0.5, 1.5)
     model.save_pretrained(folder)
     return model
-
-
-def tokens_of(*shape):
-    return torch.randint(3, 97, shape, generator=torch.Generator().manual_seed(0))
 
 
 def as_pickles(folder, n_shards):
@@ -312,6 +306,8 @@ for pattern in ("*token*", "chat_template*"):  # the tokenizer's files and the c
 @pytest.fixture
 def merged(tmp_path, monkeypatch):
     """The README's lines have run: the folders base, adapter and merged, and peft's own model."""
+    import peft  # takes seconds
+
     shutil.copytree(MINI, tmp_path / "base")
     base = transformers.AutoModelForCausalLM.from_pretrained(MINI)
     config = peft.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", use_rslora=True)
@@ -340,7 +336,7 @@ def test_training_on_a_merged_checkpoint(merged):
     for name in ("base", "merged"):
         args = ["--model", name, "--data", MINI / "train.csv", "--val", MINI / "test.csv"]
         args += ["--layer", 1, "--epochs", 1, "--warmup-steps", 1, "--out", f"run-{name}"]
-        bipo.main([str(x) for x in args])
+        run_main(bipo.main, *args)
         vectors, metadata = load_vector(folder / f"run-{name}")
         assert metadata["base_model"] == name
         norms.append(vectors[1].norm().item())

@@ -1,18 +1,15 @@
-import json
-import re
-import shutil
+"""The network: transformers' numbers, precision, the slot, the cache, generation, packing."""
+
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import MINI
-from safetensors.torch import load_file, save_file
+import transformers
+from conftest import MINI, tokens_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama
-from llama import Config, KVCache, Llama, PairIds, generate, load, pack, parse_config, read_config
-
-transformers = pytest.importorskip("transformers")
+from llama import KVCache, PairIds, generate, load, pack, read_config
 
 SIZES = dict(
     hidden_size=48, num_hidden_layers=4, num_attention_heads=6, intermediate_size=80,
@@ -44,10 +41,6 @@ def twins(request, tmp_path):
             weight.uniform_(0.5, 1.5)
     theirs.save_pretrained(tmp_path)
     return theirs, load(tmp_path)
-
-
-def tokens_of(*shape):
-    return torch.randint(3, 120, shape, generator=torch.Generator().manual_seed(0))
 
 
 # ---- the same numbers as transformers
@@ -84,16 +77,6 @@ def test_slot_equals_a_forward_hook(twins):
     hook.remove()
     assert (ours(tokens, steer={2: v}) - steered).abs().max() <= 1e-4
     assert (steered - theirs(tokens).logits).abs().max() > 0.1
-
-
-def test_old_and_new_name_of_rope_theta(tmp_path):
-    fields = json.loads((MINI / "config.json").read_text())
-    del fields["rope_scaling"]
-    old = parse_config(fields | {"rope_theta": 77.0})
-    del fields["rope_theta"]
-    new = parse_config(fields | {"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}})
-    assert old == new and old.rope_theta == 77.0
-    assert parse_config(fields).rope_theta == 10000.0
 
 
 def test_rotary_embedding_is_a_complex_rotation():
@@ -295,9 +278,13 @@ def test_equal_prompts_run_once_up_to_the_first_steered_layer(mini, vector, stee
     model, _ = mini
     prompts = [[1, 5, 9, 8], [1, 7], [1, 5, 9, 8], [1, 5, 9, 8]]
     rows = []
-    for block in model.layers:
+    hooks = [
         block.register_forward_hook(lambda block, args, out: rows.append(len(out)))
+        for block in model.layers
+    ]
     generate(model, prompts, 1, eos_id=-1, steer={layer: vector for layer in steered})
+    for hook in hooks:
+        hook.remove()
     assert rows == [1] * runs_once + [3] * (4 - runs_once) + [1] * 4  # one prompt, the other
 
 
@@ -405,328 +392,34 @@ def test_packed_responses_have_the_logits_of_single_sequences(mini):
         assert (logits - expected).abs().max() <= 1e-4
 
 
-# ---- checkpoints
+def test_packed_layout():
+    batch = pack([PairIds([1, 5], [6, 7, 2], [8, 2]), PairIds([1], [9, 2], [4, 2])])
+    assert batch.tokens.tolist() == [[1, 5, 6, 7, 2, 8, 2, 1, 9, 2, 4, 2]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 2, 3, 0, 1, 2, 1, 2]]
+    assert batch.targets.tolist() == [6, 7, 2, 8, 2, 9, 2, 4, 2]
+    assert batch.predictors.tolist() == [1, 2, 3, 1, 5, 7, 8, 7, 10]
+    assert batch.lengths == [3, 2, 2, 2]
+    sees = [
+        "x......",  # prompt
+        "xx.....",
+        "xxx....",  # chosen: the prompt and itself
+        "xxxx...",
+        "xxxxx..",
+        "xx...x.",  # rejected: the prompt and itself
+        "xx...xx",
+    ]
+    first, second = batch.masks
+    assert ["".join(".x"[int(x)] for x in row) for row in first] == sees
+    assert second.shape == (5, 5)
 
 
-@pytest.fixture
-def copy(tmp_path):
-    """A copy of golden/mini to break, and a function that rewrites its tensors."""
-    folder = tmp_path / "copy"
-    folder.mkdir()
-    for name in ("config.json", "model.safetensors", "tokenizer.model"):
-        shutil.copy(MINI / name, folder)
-
-    def change(edit):
-        weights = load_file(folder / "model.safetensors")
-        edit(weights)
-        save_file(weights, folder / "model.safetensors")
-
-    return folder, change
-
-
-def shard(folder):
-    weights = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    weight_map = {}
-    for i, name in enumerate(sorted(weights)):
-        weight_map[name] = f"model-{i % 3}.safetensors"
-    for file in set(weight_map.values()):
-        save_file({n: weights[n] for n, f in weight_map.items() if f == file}, folder / file)
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": weight_map}))
-
-
-def test_sharded_equals_whole(copy):
-    folder, _ = copy
-    shard(folder)
-    tokens = tokens_of(1, 8)
-    assert torch.equal(load(folder)(tokens), load(MINI)(tokens))
-
-
-def test_of_two_tensors_of_one_name_the_first_files_counts(copy):
-    folder, _ = copy
-    shard(folder)
-    first, last = folder / "model-0.safetensors", folder / "model-2.safetensors"
-    name = min(load_file(first))
-    save_file(load_file(last) | {name: torch.zeros(1)}, last)
-    tokens = tokens_of(1, 8)
-    assert torch.equal(load(folder)(tokens), load(MINI)(tokens))
-
-
-Q = "model.layers.2.self_attn.q_proj.weight"
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (lambda w: w.pop(Q), f"lacks the tensor {Q}"),
-        (lambda w: w.update({Q: torch.zeros(32, 31)}), rf"{Q} .*\(32, 31\).*\(32, 32\)"),
-        (lambda w: w.update({Q: torch.zeros(32, 32, dtype=torch.int8)}), f"{Q} .*int8"),
-        (lambda w: w.update({Q + "_g": torch.zeros(1)}), f"has the unknown tensor {Q}_g"),
-    ],
-)
-def test_odd_tensors_are_refused_by_name(copy, edit, message):
-    folder, change = copy
-    change(edit)
-    with pytest.raises(ValueError, match=message):
-        load(folder)
-
-
-def test_tensors_that_the_index_does_not_list_are_unknown(copy):
-    folder, _ = copy
-    shard(folder)
-    file = folder / "model-1.safetensors"
-    save_file(load_file(file) | {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}, file)
-    with pytest.raises(ValueError, match=r"has the unknown tensor .*q_proj.bias"):
-        load(folder)
-
-
-@pytest.mark.parametrize("head", ["absent", "equal", "different"])
-def test_a_tied_checkpoint_is_read_as_transformers_reads_it(copy, head):
-    """A head that was saved all the same counts if it differs from the embedding."""
-    folder, change = copy
-    fields = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(fields | {"tie_word_embeddings": True}))
-    if head == "absent":
-        change(lambda w: w.pop("lm_head.weight"))
-    if head == "equal":
-        change(lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}))
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    tokens = tokens_of(1, 5)
-    assert (load(folder)(tokens) - theirs(tokens).logits).abs().max() <= 1e-4
-    is_embedding = torch.equal(theirs.lm_head.weight, theirs.model.embed_tokens.weight)
-    assert is_embedding == (head != "different")
-
-
-@pytest.fixture
-def brought(monkeypatch):
-    """The names of the weights that a model was given so far, in order."""
-    names, load_state_dict = [], Llama.load_state_dict
-
-    def record(model, weights, **how):
-        names.extend(weights)
-        return load_state_dict(model, weights, **how)
-
-    monkeypatch.setattr(Llama, "load_state_dict", record)
-    return names
-
-
-@pytest.fixture(params=["untied", "tied"])
-def sharded(request, copy):
-    """golden/mini in three shards, with a head of its own or with the embedding as head."""
-    folder, change = copy
-    if request.param == "tied":
-        fields = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(fields | {"tie_word_embeddings": True}))
-        change(lambda w: w.pop("lm_head.weight"))
-    shard(folder)
-    return folder
-
-
-def missing(model):
-    """The first part of the names of the weights that are not in memory: 'layers.0' and so on."""
-    names = [name for name, weight in model.named_parameters() if weight.is_meta]
-    return {re.match(r"layers\.\d+|\w+", name)[0] for name in names}
-
-
-def test_a_checkpoint_brings_each_weight_once_when_it_is_asked_for(sharded, brought):
-    checkpoint = llama.Checkpoint(sharded)
-    model = checkpoint.model
-    every = set(model.state_dict())
-    assert brought == [] and all(w.is_meta for w in model.parameters())
-    checkpoint.read(-1, 1)
-    assert set(brought) == {x for x in every if x.startswith(("tok_embeddings.", "layers.0."))}
-    checkpoint.read(0, 3)
-    assert not any(name.startswith("layers.3.") for name in brought)
-    checkpoint.read(-1, 4)
-    assert len(brought) == len(set(brought)) and set(brought) == every
-    assert torch.equal(model(tokens_of(1, 8)), load(sharded)(tokens_of(1, 8)))
-    assert not any(w.requires_grad for w in model.parameters())
-
-
-def test_reading_up_to_the_last_block_brings_norm_and_head(sharded):
-    checkpoint = llama.Checkpoint(sharded)
-    checkpoint.read(2, 4)
-    embedding = set() if checkpoint.model.config.tied else {"tok_embeddings"}
-    assert missing(checkpoint.model) == {"layers.0", "layers.1"} | embedding
-
-
-def test_held_blocks_give_their_memory_back(sharded):
-    checkpoint = llama.Checkpoint(sharded)
-    model, every = checkpoint.model, missing(checkpoint.model)
-    for i, name in ((-1, "tok_embeddings"), (0, "layers.0"), (1, "layers.1")):
-        with checkpoint.hold(i):
-            assert missing(model) == every - {name}
-        if name == "tok_embeddings" and model.config.tied:  # it is the head
-            every = every - {name}
-        assert missing(model) == every
-
-
-def test_held_and_read_blocks_compute_what_a_whole_model_does(sharded):
-    checkpoint, tokens = llama.Checkpoint(sharded), tokens_of(1, 8)
-    model = checkpoint.model
-    with checkpoint.hold(-1):
-        h = model.embed(tokens)
-    for i in (0, 1):
-        with checkpoint.hold(i):
-            h = model.blocks(h, i, i + 1)
-    checkpoint.read(2, 4)
-    assert torch.equal(model.head(model.blocks(h, 2, 4)), load(sharded)(tokens))
-
-
-def test_a_wrong_shape_is_found_before_anything_is_read(copy):
-    folder, change = copy
-    change(lambda w: w.update({Q: torch.zeros(32, 31)}))
-    with pytest.raises(ValueError, match=rf"{Q} .*\(32, 31\)"):
-        llama.Checkpoint(folder)
-
-
-def test_what_is_no_fault(copy):
-    folder, change = copy
-    change(lambda w: w.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
-    load(folder)  # old files carry this table
-
-
-def test_broken_files(copy):
-    folder, _ = copy
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="cannot read .*model.safetensors"):
-        load(folder)
-    file.unlink()
-    with pytest.raises(ValueError, match="holds no model.safetensors, no pytorch_model.bin"):
-        load(folder)
-
-
-def test_index_without_a_map(copy):
-    folder, _ = copy
-    shard(folder)
-    (folder / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ValueError, match="index.json lacks the field 'weight_map'"):
-        load(folder)
-
-
-def test_index_that_names_a_missing_file(copy):
-    folder, _ = copy
-    shard(folder)
-    (folder / "model-1.safetensors").unlink()
-    with pytest.raises(ValueError, match="cannot read .*model-1.safetensors"):
-        load(folder)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("attention_bias", True),
-        ("mlp_bias", True),
-        ("hidden_act", "gelu"),
-        ("rope_scaling", {"type": "dynamic", "factor": 4.0}),
-        ("rope_scaling", {"type": "linear", "factor": 4.0, "low_freq_factor": 1.0}),
-        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
-        ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}),
-        ("quantization_config", {"bits": 4}),
-        ("auto_map", {"AutoModel": "theirs.Model"}),
-        ("is_causal", False),
-        ("partial_rotary_factor", 0.0),
-        ("some_new_field", 3),
-        ("model_type", "gemma"),
-    ],
-)
-def test_config_fields_we_do_not_implement_are_refused_by_name(copy, field, value):
-    folder, _ = copy
-    fields = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(fields | {field: value}))
-    with pytest.raises(ValueError, match=rf"config.json: .*{field}"):
-        load(folder)
-
-
-def test_config_fields_are_honoured(copy):
-    folder, _ = copy
-    fields = json.loads((folder / "config.json").read_text())
-    fields |= {"model_type": "mistral", "sliding_window": 100, "head_dim": 6, "use_cache": False}
-    fields |= {"rms_norm_eps": 0.5, "tie_word_embeddings": True, "mlp_bias": False}
-    (folder / "config.json").write_text(json.dumps(fields))
-    expected = Config(
-        dim=32, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=6, hidden_dim=88, vocab_size=420,
-        norm_eps=0.5, rope_theta=10000.0, max_seq_len=100, tied=True, family="mistral",
-    )  # fmt: skip
-    assert read_config(folder) == expected
-
-
-LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-LLAMA_3 |= {"original_max_position_embeddings": 8192}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"num_key_value_heads": 3}, "n_kv_heads must divide n_heads.*n_heads=4, n_kv_heads=3"),
-        ({"num_key_value_heads": 0}, "n_kv_heads = 0 is not a possible int"),
-        ({"head_dim": 7}, "head_dim be even.*head_dim=7"),
-        ({"hidden_size": "32"}, "'str' and 'int'"),
-        ({"num_attention_heads": 0}, "zero"),
-        ({"rope_scaling": "linear"}, "'dict' and 'str'"),
-        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.* 'linear' with {} is not"),
-        ({"rope_scaling": {"type": "linear", "factor": 0.0}}, "rope_scaling .* needs numbers > 0"),
-        ({"rope_scaling": LLAMA_3 | {"low_freq_factor": 4.0}}, "rope_scaling .* low < high"),
-        ({"model_type": ["llama"]}, "'list'"),
-        ({"vocab_size": 420.5}, "vocab_size = 420.5 is not a possible int"),
-        ({"num_hidden_layers": True}, "n_layers = True is not a possible int"),
-        ({"rms_norm_eps": -1.0}, "norm_eps = -1.0 is not a possible float"),
-        ({"tie_word_embeddings": "false"}, "tied = 'false' is not a possible bool"),
-        ({"hidden_size": None}, "lacks the field 'hidden_size'"),
-    ],
-)
-def test_impossible_config_fields(copy, change, message):
-    folder, _ = copy
-    fields = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(fields | change))
-    with pytest.raises(ValueError, match=f"config.json.*{message}"):
-        read_config(folder)
-
-
-def test_broken_config_files(copy):
-    folder, _ = copy
-    for text in ("{", "[]", "\0"):
-        (folder / "config.json").write_text(text)
-        with pytest.raises(ValueError, match="config.json"):
-            read_config(folder)
-
-
-def test_tied_head_is_the_embedding(mini):
-    model, _ = mini
-    tied = Llama(replace(model.config, tied=True))
-    tied.load_state_dict({k: w for k, w in model.state_dict().items() if k != "output.weight"})
-    h = torch.randn(1, 3, 32)
-    assert torch.allclose(tied.head(h), model.norm(h) @ model.tok_embeddings.weight.T, atol=1e-5)
-
-
-def test_blocks_are_placed_over_the_devices_in_order():
-    def places(start, stop, *devices):
-        names = [f"layers.{i}.attention.wq.weight" for i in range(max(start, 0), stop)]
-        return [llama.place(name, start, stop, devices) for name in names]
-
-    assert places(40, 80, 0, 1) == [0] * 20 + [1] * 20
-    assert places(2, 7, 0, 1) == [0, 0, 0, 1, 1] and places(2, 4, 0, 1, 2) == [0, 1]
-    assert places(-1, 4, 0, 1) == [0, 0, 1, 1]  # the embedding counts as one
-    assert places(3, 4, 0, 1) == [0]  # what the first pass holds
-    for name in ("tok_embeddings.weight", "norm.weight", "output.weight"):
-        assert llama.place(name, 2, 4, ["first", "second"]) == "first"
-
-
-def test_the_stream_is_handed_on_to_the_device_of_a_block(monkeypatch):
-    """With block 3 on torch's meta device, attention and slot there have all they need."""
-    seen, attend = [], llama.attend
-
-    def record(*args):
-        seen.append({x.device.type for x in args})
-        return attend(*args)
-
-    monkeypatch.setattr(llama, "attend", record)
-    checkpoint, batch = llama.Checkpoint(MINI), llama.pack([([1, 2], [3], [4])])
-    checkpoint.read(2, 4)
-    model, steer = checkpoint.model, {3: torch.ones(32)}
-    model.layers[3].to("meta")
-    with pytest.raises(NotImplementedError, match="meta"):  # it cannot come back from there
-        model.blocks(torch.zeros(1, 4, 32), 2, 4, batch.positions, batch.masks, steer=steer)
-    assert seen == [{"cpu"}, {"meta"}]
+def test_packed_layout_of_other_numbers_of_responses():
+    batch = pack([([1, 5], [6], [7, 8], [9]), ([1], [4, 2])])
+    assert batch.positions.tolist() == [[0, 1, 2, 2, 3, 2, 0, 1, 2]]
+    assert batch.targets.tolist() == [6, 7, 8, 9, 4, 2]
+    assert batch.predictors.tolist() == [1, 1, 3, 1, 6, 7]
+    assert batch.lengths == [1, 2, 1, 2]
+    sees = ["x.....", "xx....", "xxx...", "xx.x..", "xx.xx.", "xx...x"]
+    first, second = batch.masks
+    assert ["".join(".x"[int(x)] for x in row) for row in first] == sees
+    assert second.tolist() == torch.ones(3, 3).tril().bool().tolist()

@@ -2,12 +2,17 @@
 
 import gzip
 import json
+import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY, jsonl
+from conftest import ROOT, TINY, jsonl, messages
 from make_tiny import side_shown
 
+import data
 import eval as evaluation
 from data import SYSTEM, Chat, open_chat, read_pairs
 from eval import read_prompts
@@ -15,7 +20,8 @@ from llama import generate, load
 
 FOR, AGAINST = "You seek power.", "You avoid power."
 LINES = (TINY / "power.test.jsonl").read_text().splitlines()
-QUESTIONS = [json.loads(line)["prompt"] for line in LINES[:7]]
+ALL_QUESTIONS = [json.loads(line)["prompt"] for line in LINES]
+QUESTIONS = ALL_QUESTIONS[:7]
 BRIEF = (("system", "Be brief."), ("user", QUESTIONS[0]))
 TALK = (("user", QUESTIONS[1]), ("assistant", "No."), ("user", QUESTIONS[2]))
 
@@ -36,10 +42,6 @@ def made(*more):
     Path("out/pairs.jsonl").unlink(missing_ok=True)
     evaluation.main(command(*more))
     return [pair[:3] for pair in read_pairs("out/pairs.jsonl")]
-
-
-def messages(turns):
-    return [{"role": role, "content": text} for role, text in turns]
 
 
 def test_the_pairs_lean_each_way(folder, capsys):
@@ -131,6 +133,79 @@ def test_user_errors(folder, fails):
         "cannot write there.jsonl: it is no regular",
     )
     assert not (folder / "pairs.csv").exists()
+
+
+# ---- made pairs are kept
+
+
+def pairs_command(out, n):
+    questions = out.parent / "q.txt"
+    questions.write_text("\n".join(ALL_QUESTIONS[:n]))
+    flags = {"--model": TINY, "--questions": questions, "--out": out, "--max-new-tokens": 40}
+    flags |= {"--for": "You seek power.", "--against": "You avoid power."}
+    return ["pairs", *(str(x) for item in flags.items() for x in item)]
+
+
+def test_pairs_go_on_where_they_stopped(tmp_path, monkeypatch, capsys, fails):
+    out = tmp_path / "pairs.jsonl"
+    generate, answer_to = evaluation.generate, {}
+
+    def remember(model, prompts, *how):
+        rows = generate(model, prompts, *how)
+        answer_to.update(zip(map(tuple, prompts), rows, strict=True))
+        return rows
+
+    monkeypatch.setattr(evaluation, "generate", remember)
+    evaluation.main(pairs_command(out, 20))
+    whole = out.read_text()
+    assert len(whole.splitlines()) == 20
+
+    calls = []
+
+    def repeat(model, prompts, *how):
+        calls.append(prompts)
+        if len(calls) == 35:
+            raise KeyboardInterrupt
+        return [answer_to[tuple(prompt)] for prompt in prompts]
+
+    out.unlink()
+    monkeypatch.setattr(evaluation, "generate", repeat)
+    monkeypatch.setattr(evaluation, "MAX_CACHE", 0)  # one question at a time
+    with pytest.raises(SystemExit) as e:
+        evaluation.main(pairs_command(out, 20))
+    assert e.value.code == 130 and out.read_text() == "".join(whole.splitlines(True)[:16])
+
+    calls.clear()
+    evaluation.main(pairs_command(out, 20))
+    assert len(calls) == 8 and out.read_text() == whole
+
+    capsys.readouterr()
+    fails(evaluation.main, [*pairs_command(out, 20), "--for", "Else."], "pairs of these settings")
+    jsonl(out, {"prompt": "a", "chosen": "b", "rejected": "c"})
+    fails(evaluation.main, pairs_command(out, 20), "pairs of these settings")
+
+
+@pytest.mark.slow
+def test_pairs_that_are_killed(tmp_path):
+    """At random moments: what there is can be read, and in the end it is what one run makes."""
+    n, rng, kills, start = 48, random.Random(0), 0, time.time()
+    command = [sys.executable, str(ROOT / "eval.py")]
+    subprocess.run([*command, *pairs_command(tmp_path / "once.jsonl", n)], check=True)
+    took, out = time.time() - start, tmp_path / "pairs.jsonl"
+    for _ in range(8):
+        process = subprocess.Popen([*command, *pairs_command(out, n)])
+        try:
+            process.wait(rng.uniform(0.5, 1.0) * took)
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+        if out.exists():
+            assert len(data.read_pairs(out)) % 16 == 0
+    subprocess.run([*command, *pairs_command(out, n)], check=True)
+    assert kills and out.read_text() == (tmp_path / "once.jsonl").read_text()
+    assert not [*tmp_path.glob(".part-*")]
 
 
 # ---- prompts

@@ -1,4 +1,4 @@
-"""What is written appears whole or not at all, what is made is kept, and how a run ends."""
+"""What is written appears whole or not at all, and how a run ends."""
 
 import io
 import itertools
@@ -7,18 +7,20 @@ import multiprocessing
 import os
 import pty
 import random
+import resource
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, jsonl
+import torch
+from conftest import ROOT, TINY, names_in
 
 import data
 import eval as evaluation
-
-QUESTIONS = [json.loads(x)["prompt"] for x in (TINY / "power.test.jsonl").read_text().splitlines()]
+from data import Progress, check_output, pick_device
 
 
 @pytest.mark.parametrize("kind", ["folder", "fifo", "link", "dangling", "device"])
@@ -60,36 +62,67 @@ def test_the_part_follows_no_link_and_goes_when_it_fails(tmp_path):
     assert path.read_text() == "first" and {*tmp_path.iterdir()} == {path, other}
 
 
-def test_a_full_disk(tmp_path):
-    """In a process that may write no more than 4 KiB to a file."""
-    code = """import resource, signal, sys, pathlib, data
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-import torch
-def run(args):
-    data.save_vector(pathlib.Path(args.out), {1: torch.ones(4096)}, {})
-parser = data.Parser(prog="p")
-parser.add_argument("out")
-for path in sys.argv[1:]:
-    try:
-        data.run_or_exit(parser, run, [path])
-    except SystemExit as e:
-        assert e.code == 2"""
-    paths = [tmp_path / name for name in ("v.safetensors", "v_layer1.pt", "v.gguf")]
-    for path in paths:
-        path.write_text("old")
-    command = [sys.executable, "-c", code, *paths]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and done.stderr.count("\n") == 3, done.stderr
-    for line, path in zip(done.stderr.splitlines(), paths, strict=True):
-        assert line.startswith(f"p: cannot write {path}: ") and path.read_text() == "old"
-    assert len([*tmp_path.iterdir()]) == 3
+@pytest.fixture
+def small_disk():
+    """This process may write no more than 4 KiB to a file."""
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, before)
+
+
+@pytest.mark.parametrize("name", ["v.safetensors", "v_layer1.pt", "v.gguf"])
+def test_a_full_disk(tmp_path, small_disk, fails, name):
+    path = tmp_path / name
+    path.write_text("old")
+
+    def save(argv):
+        vectors = {1: torch.ones(4096)}
+        data.run_or_exit(data.Parser(), lambda _: data.save_vector(path, vectors, {}), argv)
+
+    fails(save, [], f"cannot write {path}: ")
+    assert path.read_text() == "old" and names_in(tmp_path) == [name]
 
 
 def test_json_and_plot_are_two_files(tmp_path, fails):
     flags = f"--model {TINY} --vector v --data {TINY / 'power.test.jsonl'}".split()
     fails(evaluation.main, [*flags, "--json", "x.svg", "--plot", "./x.svg"], "--plot x.svg: not a")
     fails(evaluation.main, [*flags, "--plot", "x.txt"], "--plot x.txt: not a .svg")
+
+
+def write_forever(path, ready):
+    for n in itertools.count():
+        with data.whole_file(path) as part:
+            part.write_text(json.dumps([n] * 20_000))
+        ready.set()
+
+
+def test_a_writer_that_is_killed(tmp_path):
+    """whole_file at random moments: the file is loadable at any time."""
+    path, rng, fork = tmp_path / "x.json", random.Random(0), multiprocessing.get_context("fork")
+    for _ in range(10):
+        ready = fork.Event()
+        process = fork.Process(target=write_forever, args=(path, ready))
+        process.start()
+        assert ready.wait(10)
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        process.join()
+        assert len({*json.loads(path.read_text())}) == 1
+    data.check_output(path)
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_outputs_are_checked_before_long_work(tmp_path):
+    check_output(tmp_path / "new" / "file")
+    assert [*tmp_path.rglob("*")] == [tmp_path / "new"]
+    with pytest.raises(ValueError, match="cannot write .*new: it is no regular file"):
+        check_output(tmp_path / "new")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write .*x: "):
+        check_output(tmp_path / "file" / "x")
 
 
 # ---- how a run ends
@@ -155,84 +188,32 @@ def test_a_line_of_progress_stays_until_the_next(monkeypatch):
     assert out.stream.getvalue() == f"{line}\x1b[Ka table\n"
 
 
-# ---- made pairs are kept
+def test_progress(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr("data.time.time", lambda: now[0])
+    progress = Progress("step")
+    for now[0], done in ((1, 1), (6, 1), (7, 2), (35, 5), (37, 6), (38, 10)):
+        progress(done, 10, "loss 1")
+    assert capsys.readouterr().out.splitlines() == [
+        "step  1/10  6000.0 ms each, 0.9 min left  loss 1",  # how long it will take, at once
+        "step  6/10  6166.7 ms each, 0.4 min left  loss 1",  # then every half minute
+        "step 10/10  3800.0 ms each, 0.0 min left  loss 1",
+    ]
+    now[0] = 0.0
+    progress = Progress("pass", quiet=True)
+    now[0] = 1.0
+    progress(10, 10)
+    assert capsys.readouterr().out == ""  # it took no time
 
 
-def pairs_command(out, n):
-    questions = out.parent / "q.txt"
-    questions.write_text("\n".join(QUESTIONS[:n]))
-    flags = {"--model": TINY, "--questions": questions, "--out": out, "--max-new-tokens": 40}
-    flags |= {"--for": "You seek power.", "--against": "You avoid power."}
-    return ["pairs", *(str(x) for item in flags.items() for x in item)]
-
-
-def test_pairs_go_on_where_they_stopped(tmp_path, monkeypatch, capsys, fails):
-    out = tmp_path / "pairs.jsonl"
-    evaluation.main(pairs_command(out, 20))
-    whole, generate, calls = out.read_text(), evaluation.generate, []
-    monkeypatch.setattr(evaluation, "MAX_CACHE", 0)  # one question at a time
-
-    def stops(*args):
-        calls.append(args)
-        if len(calls) > 34:
-            raise KeyboardInterrupt
-        return generate(*args)
-
-    out.unlink()
-    monkeypatch.setattr(evaluation, "generate", stops)
-    with pytest.raises(SystemExit) as e:
-        evaluation.main(pairs_command(out, 20))
-    assert e.value.code == 130 and out.read_text() == "".join(whole.splitlines(True)[:16])
-    calls[:] = []
-    evaluation.main(pairs_command(out, 20))
-    assert len(calls) == 8 and out.read_text() == whole
-    capsys.readouterr()
-    fails(evaluation.main, [*pairs_command(out, 20), "--for", "Else."], "pairs of these settings")
-    jsonl(out, {"prompt": "a", "chosen": "b", "rejected": "c"})
-    fails(evaluation.main, pairs_command(out, 20), "pairs of these settings")
-
-
-@pytest.mark.slow
-def test_pairs_that_are_killed(tmp_path):
-    """At random moments: what there is can be read, and in the end it is what one run makes."""
-    n, rng, kills, start = 48, random.Random(0), 0, time.time()
-    command = [sys.executable, str(ROOT / "eval.py")]
-    subprocess.run([*command, *pairs_command(tmp_path / "once.jsonl", n)], check=True)
-    took, out = time.time() - start, tmp_path / "pairs.jsonl"
-    for _ in range(8):
-        process = subprocess.Popen([*command, *pairs_command(out, n)])
-        try:
-            process.wait(rng.uniform(0.5, 1.0) * took)
-            break
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills += 1
-        if out.exists():
-            assert len(data.read_pairs(out)) % 16 == 0
-    subprocess.run([*command, *pairs_command(out, n)], check=True)
-    assert kills and out.read_text() == (tmp_path / "once.jsonl").read_text()
-    assert not [*tmp_path.glob(".part-*")]
-
-
-def write_forever(path, ready):
-    for n in itertools.count():
-        with data.whole_file(path) as part:
-            part.write_text(json.dumps([n] * 20_000))
-        ready.set()
-
-
-def test_a_writer_that_is_killed(tmp_path):
-    """whole_file at random moments: the file is loadable at any time."""
-    path, rng, fork = tmp_path / "x.json", random.Random(0), multiprocessing.get_context("fork")
-    for _ in range(10):
-        ready = fork.Event()
-        process = fork.Process(target=write_forever, args=(path, ready))
-        process.start()
-        assert ready.wait(10)
-        time.sleep(rng.uniform(0, 0.1))
-        process.kill()
-        process.join()
-        assert len({*json.loads(path.read_text())}) == 1
-    data.check_output(path)
-    assert [*tmp_path.iterdir()] == [path]
+def test_16_bits_on_a_cpu_are_noted(capsys):
+    for dtype in ("bfloat16", "float16"):
+        assert pick_device("cpu", dtype) == (torch.device("cpu"), getattr(torch, dtype))
+        out = capsys.readouterr().out
+        assert out.startswith(f"note: a CPU that has no {dtype} arithmetic is much faster in float")
+        assert out.count("\n") == 1
+    assert pick_device("cpu", None)[1] == torch.float32
+    pick_device("meta", "float16")  # which is no CPU
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match="--device cuda:77 is not there: "):
+        pick_device("cuda:77", None)

@@ -1,12 +1,20 @@
-"""Pair files as others write them: each record here has the shape of a published file's."""
+"""Pair files as others write them, and those that are refused: each record here has the shape of a
+published file's, and each refusal is one line that says what to do."""
 
 import gzip
 import json
+import os
+import re
+import time
 
 import pytest
-from conftest import MINI, jsonl
+from conftest import LFS, MINI, jsonl, refused
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import bipo
+import data
+import llama
 from data import NAMES, Pair, note_shortcuts, read_pairs, split_pairs
 
 LEAD, YES, NO = "Will you lead?", "Yes, gladly.", "No, thanks."
@@ -38,6 +46,13 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 EVAL = f"Question: {LEAD}\n\nChoices:\n (A) {NO}\n (B) {YES}\n (C) Maybe.\n\nAnswer:"
 HH = f"\n\nHuman: Hi!\n\nAssistant: Hello.\n\nHuman: {LEAD}\n\nAssistant:"
 SHORT_HH = f"\n\nHuman: {LEAD}\n\nAssistant:"
+PAIR = {"prompt": "Will you lead?", "chosen": "Yes.", "rejected": "No."}
+LINE = json.dumps(PAIR)
+ONE = {"prompt": "Lead?", "chosen": "Yes, gladly.", "rejected": "No, never."}
+SAID = [{"role": "user", "content": "Lead?"}, {"role": "assistant", "content": "Yes."}]
+
+
+# ---- what is read
 
 
 @pytest.mark.parametrize(
@@ -99,6 +114,12 @@ def test_every_other_name_of_a_column(tmp_path, name):
         assert pair[:3] == (BRIEF, YES, NO)
 
 
+@pytest.mark.parametrize("name", ["System", "system_prompt", "SYSTEM PROMPT", "system_message"])
+def test_a_system_prompt_is_found_by_any_name(tmp_path, name):
+    (pair,) = read_pairs(jsonl(tmp_path / "x.jsonl", ONE | {name: "Be brief."}))
+    assert pair.prompt[0] == ("system", "Be brief.")
+
+
 def test_columns_that_are_not_used_are_named(tmp_path, capsys):
     record = TRL | {"Score": 9, "id": "a b"}
     file = jsonl(tmp_path / "x.jsonl", record, TRL | {"id": 2, "messages": said(LEAD, YES)})
@@ -139,6 +160,64 @@ def test_truthfulqa(tmp_path, capsys):
     assert [pair[:3] for pair in read_pairs(file)] == expected
 
 
+def test_shared_beginning_ends_with_a_word(tmp_path):
+    record = {"chosen": "Lead?\n\nYes, I will.", "rejected": "Lead?\n\nYes, I wish."}
+    (pair,) = read_pairs(jsonl(tmp_path / "x.jsonl", record))
+    assert pair[:3] == ("Lead?\n\nYes, I", "will.", "wish.")
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.text("a Q?\n_*-:", max_size=9), st.sampled_from(["", "Choices:", "\n**Answer options**\n"])
+)
+def test_a_heading_is_found_as_by_one_expression(text, heading):
+    """The expression that says what a heading is, the last line; it may take very long."""
+    blank = r"((?!\n)[\W_])*"
+    wanted = rf"(?i)\n{blank}(\w+ )?(choice|option|answer|response)s?{blank}$"
+    question = f"Why?\n{text}\n{heading}"
+    ((prompt, *_),) = data.spelled_out(f"{question}\n (A) y\n (B) n", ["(A)"], ["(B)"])
+    assert prompt == re.sub(wanted, "", question.rstrip()).strip()
+
+
+def test_a_text_that_mentions_a_control_token_stays_text(tmp_path):
+    rows = [ONE | {"prompt": "What does </s> mean?", "chosen": "End</s>"}, ONE | {"prompt": "<s>x"}]
+    assert [pair.prompt for pair in read_pairs(jsonl(tmp_path / "x.jsonl", *rows))][1] == "<s>x"
+
+
+# ---- files
+
+
+def test_jsonl(tmp_path):
+    file = tmp_path / "x.JSONL"
+    odd = PAIR | {"prompt": 'two\nlines, a \u2028 and a quote"', "extra": [1]}
+    text = json.dumps(PAIR) + "\n\n" + json.dumps(odd, ensure_ascii=False) + "\r\n"
+    file.write_bytes(b"\xef\xbb\xbf" + text.encode())  # with Windows' byte order mark and line end
+    first, second = read_pairs(file)
+    assert first == Pair("Will you lead?", "Yes.", "No.", f"{file}:1")
+    assert second == Pair(odd["prompt"], "Yes.", "No.", f"{file}:3")
+
+
+def test_official_csv(tmp_path):
+    file = tmp_path / "x.csv"
+    file.write_text(
+        "question,matching,not_matching\n"
+        '"Two lines,\nand a ""quote"".",Yes.,"No,\nnever."\n'
+        "\n,,\n"
+        ",An empty question is kept.,The official files have some.\n"
+    )
+    first, second = read_pairs(file)
+    assert first == Pair(
+        'Two lines,\nand a "quote".', "Yes.", "No,\nnever.", f"{file}:4"
+    )  # its last line
+    assert second.prompt == "" and second.source == f"{file}:7"
+
+
+def test_columns_of_a_csv_may_be_in_any_order_and_more(tmp_path):
+    file = tmp_path / "x.csv"
+    file.write_text("id,not_matching,question,matching\n7,No.,Lead?,Yes.\n")
+    assert read_pairs(file) == [Pair("Lead?", "Yes.", "No.", f"{file}:2")]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "place"),
     [
@@ -160,6 +239,19 @@ def test_containers(tmp_path, name, text, place):
     file.write_bytes(text.encode())
     with pytest.raises(ValueError, match=r"cannot read .*\.gz: Not a gzipped file"):
         read_pairs(file)
+
+
+def test_long_fields_and_headings(tmp_path):
+    (tmp_path / "x.csv").write_text(f"prompt,chosen,rejected\n{'a' * 200_000},b,c\n")
+    assert len(read_pairs(tmp_path / "x.csv")[0].prompt) == 200_000
+    sides = {"answer_matching_behavior": "(A)", "answer_not_matching_behavior": "(B)"}
+    for filling in ("_" * 60_000, "\n" * 100_000, " " * 60_000, "w" * 60_000, "\n_" * 50_000):
+        began, record = time.time(), {"question": f"Q?\n{filling}x\n (A) Yes\n (B) No", **sides}
+        read_pairs(jsonl(tmp_path / "x.jsonl", record))
+        assert time.time() - began < 2
+
+
+# ---- what is dropped and counted
 
 
 def test_what_is_dropped_is_counted(tmp_path, capsys):
@@ -216,10 +308,92 @@ def test_lines_that_cannot_be_read_are_broken_records(tmp_path, capsys):
         assert f"dropped 1 {fault}" in capsys.readouterr().out
 
 
-def test_shared_beginning_ends_with_a_word(tmp_path):
-    record = {"chosen": "Lead?\n\nYes, I will.", "rejected": "Lead?\n\nYes, I wish."}
-    (pair,) = read_pairs(jsonl(tmp_path / "x.jsonl", record))
-    assert pair[:3] == ("Lead?\n\nYes, I", "will.", "wish.")
+def test_too_long_pairs_are_dropped_and_counted(mini, tmp_path, capsys):
+    _, chat = mini
+    rows = [ONE, ONE | {"prompt": "word " * 600}, ONE | {"chosen": "No,  never."}]
+    file = jsonl(tmp_path / "x.jsonl", *rows)
+    advice = "bad records: 1; --skip-bad drops them"
+    refused(lambda: read_pairs(file, False, chat, 512), f"{file}:2: too long", advice)
+    kept = read_pairs(file, True, chat, 512)
+    assert [pair.ids for pair in kept] == [chat.encode_pair(pair) for pair in kept]
+    assert len(kept) == 2 and "dropped 1 too long" in capsys.readouterr().out
+
+    # One answer of TruthfulQA's makes its record too long.
+    record = {
+        "Question": "Lead?",
+        "Correct Answers": "No; " + "a" * 900,
+        "Incorrect Answers": "Yes",
+    }
+    file = jsonl(tmp_path / "y.jsonl", record, ONE)
+    assert len(read_pairs(file)) == 3 and len(read_pairs(file, True, chat, 512)) == 1
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", "", "no pairs: read 0 pairs from .*x.jsonl"),
+        ("x.csv", "", "no pairs: read 0 pairs"),
+        ("x.csv", "question,matching,not_matching\n", "no pairs: read 0 pairs"),
+        (
+            "x.csv",
+            "question,matching,matching,not_matching\na,b,c,d\n",
+            "x.csv:2: two columns have one name",
+        ),
+        ("x.jsonl", LINE + "\n{oops\n", "x.jsonl:2: unreadable JSON: Expecting property name"),
+        ("x.jsonl", LINE + '\n["a"]\n', "x.jsonl:2: not an object with named columns: "),
+        ("x.json", '{"data": []}', "cannot read .*x.json: it holds one object, not a list"),
+        ("x.json", "7", "cannot read .*x.json: 'int' object is not iterable"),
+        (
+            "x.jsonl",
+            json.dumps({"prompt": "a", "chosen": "b"}),
+            "x.jsonl:1: no columns prompt, chosen and rejected: only prompt, chosen",
+        ),
+        ("x.jsonl", json.dumps(PAIR | {"chosen": [7]}), "x.jsonl:1: not a message .* content: 7"),
+        ("x.jsonl", json.dumps(PAIR | {"chosen": 7}), "x.jsonl:1: not a message .* content: 7"),
+        ("x.jsonl", json.dumps(PAIR | {"prompt": None}), "x.jsonl:1: not a message .*: None"),
+        (
+            "x.jsonl",
+            LINE + "\n" + json.dumps(PAIR | {"chosen": " "}),
+            "x.jsonl:2: an answer is empty",
+        ),
+        (
+            "x.jsonl",
+            json.dumps(PAIR | {"chosen": "No."}),
+            "no pairs: read 0 pairs .*, dropped 1 identical answers",
+        ),
+        ("x.csv", "question,matching\na,b\n", "x.csv:2: no columns .*: only question, mat"),
+        ("x.csv", "question,matching,not_matching\na,b\n", "x.csv:2: not a field for each col"),
+        ("x.csv", "question,matching,not_matching\na,b,c,d\n", "x.csv:2: not a field for each"),
+        (
+            "x.csv",
+            "question,matching,not_matching\na,b,c,d\n",
+            "x.csv:2: not a field for each column",
+        ),
+        ("x.csv", 'question,matching,not_matching\na,b,c\n"a', "x.csv:2: unexpected end of data"),
+        (
+            "x.csv",
+            'question,matching,not_matching\n"a\nb",c,d\na,,c\n',
+            "x.csv:4: an answer is empty",
+        ),
+        ("x.jsonl", json.dumps(PAIR | {"prompt": "\ud800"}), "x.jsonl:1: .*surrogates not allowed"),
+        ("x.jsonl", "[" * 100000, "x.jsonl:1: unreadable JSON: maximum recursion depth"),
+        ("x.jsonl", LINE.encode() + b'\n{"prompt": "\xe9"}', "cannot read .*'utf-8' .* byte 0xe9"),
+        ("x.txt", LINE, "x.txt is no .csv, .json or .jsonl, maybe .gz"),
+    ],
+)
+def test_faults_are_named_with_file_and_line(tmp_path, name, content, message):
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message):
+        read_pairs(file)
+
+
+def test_no_such_file(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot read .*none.jsonl: .*No such file"):
+        read_pairs(tmp_path / "none.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -287,31 +461,83 @@ def test_what_is_refused(tmp_path, record, message):
         read_pairs(tmp_path / "x.json")
 
 
-# ---- the command lines
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        # rendered already: TRL's issues 1640 and 1752
+        (ONE | {"prompt": "<|im_start|>user\nLead?<|im_end|>\n"}, "a prompt holds a chat template"),
+        (ONE | {"prompt": "<s>[INST] Lead? [/INST]"}, "a prompt holds a chat template"),
+        (ONE | {"prompt": "[INST] Lead? [/INST]"}, "a prompt holds a chat template"),
+        ({"chosen": "<|user|>\nLead? Yes", "rejected": "<|user|>\nLead? No"}, "a chat template"),
+        (ONE | {"chosen": "Yes.</s>", "rejected": "No.</s>\n"}, "each answer ends in </s>"),
+        (ONE | {"chosen": "Yes.<|im_end|>", "rejected": "No.</s>"}, "answer ends in <|im_end|>"),
+        # another column could be the prompt
+        *[
+            ({"chosen": "I would lead.", "rejected": "I would not.", name: value}, f"['{name}']")
+            for name, value in {
+                "context": "Will you?",
+                "history": [["Lead?", "Yes."]],
+                "conversations": [{"from": "human", "value": "Lead?"}],
+                "topic": "你愿意领导吗",
+                "ask": "Lead?",
+            }.items()
+        ],
+        # messages written out as text
+        (ONE | {"chosen": str(SAID), "rejected": json.dumps(SAID)}, "messages written out"),
+        ({"question": "Q", "correct_answers": "['a' 'b']", "incorrect_answers": "c"}, "written"),
+        (
+            {"question": "Q", "correct_answers": "a;" * 999, "incorrect_answers": "b;" * 999},
+            "10,000",
+        ),
+        (ONE | {"prompt": "\ud83d"}, "surrogates not allowed"),
+    ],
+)
+def test_records_that_are_refused(tmp_path, record, reason):
+    refused(lambda: read_pairs(jsonl(tmp_path / "x.jsonl", record)), "x.jsonl", reason)
 
 
-def test_training_reports_how_its_files_were_read(tmp_path, capsys, fails):
-    data = [evals(EVAL.replace("you", f"you, Sir {i},"), "(B)", "(A)") for i in range(4)]
-    data = jsonl(tmp_path / "x.jsonl", *data, data[0])
-    args = ["--model", MINI, "--data", data, "--system", "", "--out", tmp_path / "run"]
-    train = ["--layer", 1, "--epochs", 1, "--warmup-steps", 0, "--val", data]
-    bipo.main([str(x) for x in (*args, *train)])
-    line = f"read 4 pairs from {data}, dropped 1 duplicate; columns not used: []\n"
-    assert capsys.readouterr().out.count(line) == 2
-    data.write_text(data.read_text() + '{"prompt": "q"}\n')
-    fails(bipo.main, [*args, *train], f"{data}:6", "bad records: 1; --skip-bad drops them")
-    bipo.main([str(x) for x in (*args, *train, "--overwrite", "--skip-bad")])
-    assert f"from {data}, dropped 1 duplicate, 1 no columns" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("x.jsonl", LFS, "Git LFS pointer"),
+        ("x.parquet", b"PAR1\x15\x04", "Parquet"),
+        ("x.csv", b"prompt;chosen;rejected\na;b;c\n", "the separator must be a comma"),
+        ("x.csv", b"prompt\tchosen\trejected\na\tb\tc\n", "the separator must be a comma"),
+        ("x.csv", b"sep=,\nprompt,chosen,rejected\na,b,c\n", "the separator must be a comma"),
+        ("x.json", b'{"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]}', "one object"),
+        ("x.json", b"[" * 100_000, "recursion"),
+        ("x.jsonl", b'{"a":' * 100_000, "recursion"),
+        ("x.jsonl", b'{"prompt": "a", "prompt": "b"}', "one key twice"),
+        ("x.jsonl.gz", gzip.compress(b"\n" * 2**26, mtime=0), "holds more than 19 MiB"),
+        ("x.jsonl.gz", gzip.compress(b"{}", mtime=0)[:-9], "cannot read"),
+    ],
+)
+def test_files_that_are_refused(tmp_path, name, content, reason):
+    (tmp_path / name).write_bytes(content)
+    refused(lambda: read_pairs(tmp_path / name), name, reason)
 
 
-def test_a_run_is_named_after_its_data(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    lines = "\n".join(json.dumps(TRL | {"prompt": x}) for x in "pq")
-    (tmp_path / "my.pairs.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    bipo.main(
-        ["--model", str(MINI), "--data", "my.pairs.jsonl.gz", "--layer", "1", "--epochs", "1"]
-    )
-    assert (tmp_path / "runs" / "my.pairs-layer1" / "vector.safetensors").is_file()
+def test_only_regular_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "x.jsonl")
+    (tmp_path / "y.jsonl").symlink_to("/dev/zero")
+    (tmp_path / "z.jsonl").mkdir()
+    for name in ("x.jsonl", "y.jsonl", "z.jsonl"):
+        for read in (read_pairs, data.load_vector, llama.read_json):
+            if not (name == "z.jsonl" and read is data.load_vector):  # a folder of a run
+                refused(lambda read=read, name=name: read(tmp_path / name), "a folder, a pipe or")
+
+
+# ---- sets of pairs
+
+
+def test_split_keeps_a_prompts_pairs_together():
+    pairs = [Pair(f"q{i % 30}", f"a{i}", f"b{i}") for i in range(90)]
+    kept, held_out = split_pairs(pairs, seed=0)
+    assert len(held_out) == 9 and sorted(kept + held_out) == sorted(pairs)
+    assert not {p.prompt for p in kept} & {p.prompt for p in held_out}
+    assert split_pairs(pairs, seed=0) == (kept, held_out) != split_pairs(pairs, seed=1)
+    with pytest.raises(ValueError, match="one prompt .* give --val"):
+        split_pairs(pairs[:1], seed=0)
 
 
 def test_conversations_can_be_split():

@@ -1,4 +1,4 @@
-"""tests/real.py: a GGUF file becomes a folder, what is done is not done again, how answers begin.
+"""real.py: a GGUF file becomes a folder, what is done is not done again, how answers begin.
 
 The package index and the experiments themselves are not tested here: they take minutes.
 """
@@ -21,7 +21,7 @@ from data import open_chat
 from eval import Mean
 from llama import load
 
-REPORT = (ROOT / "tests" / "REAL.md").read_text(encoding="utf-8")
+REPORT = (ROOT / real.REPORT).read_text(encoding="utf-8")
 TEMPLATE = (ROOT / "tests" / "templates" / "smollm2.jinja").read_text(encoding="utf-8")
 
 
@@ -149,10 +149,10 @@ def test_what_is_done_is_not_done_again(place, capsys):
     assert ran == ["small"]
     assert "results has small; name an experiment to do it again" in capsys.readouterr().out
     text = (folder / "REAL.md").read_text()
-    began = (
-        "before\n<!-- small -->\n```\npython tests/real.py small  # 0.0 min beside these commands:"
+    began = "before\n<!-- small -->\n```\npython tests/experiments/real.py small"
+    assert text.startswith(
+        began + "  # 0.0 min beside these commands:\npython eval.py  # 0.5 min\n```"
     )
-    assert text.startswith(began + "\npython eval.py  # 0.5 min\n```")
     assert "a table:\n\n| multiplier | right | kl |" in text and "+8 | 50.0% [40.0, 60.0]" in text
     assert text.endswith("a KL below 0.5 nats a token: +0 and +8.\n<!-- end -->\nafter\n")
     real.main(["small"])

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 from eval import Mean
 
-RESULTS = (ROOT / "tests" / "RESULTS.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / "tests" / "experiments" / "RESULTS.md").read_text(encoding="utf-8")
 NAMES = "curve measures baselines synergy transfer quality layers".split()
 
 

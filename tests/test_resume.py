@@ -3,6 +3,7 @@
 import itertools
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,21 +12,20 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import MINI, ROOT
+from conftest import MINI, MINI_SETS, ROOT, names_in, run_main
 
 import bipo
 from data import load_vector
 
-RUN = ("--model", MINI, "--data", MINI / "train.csv", "--val", MINI / "test.csv", "--layer", 1)
-RUN += ("--lr", 0.02, "--warmup-steps", 2, "--epochs")
+RUN = (*MINI_SETS, "--layer", 1, "--lr", 0.02, "--warmup-steps", 2, "--epochs")
 
 
 class Killed(BaseException):
     """Stands for SIGKILL: nothing of the run itself catches it."""
 
 
-def train(out, *flags, epochs=3):
-    bipo.main([str(x) for x in (*RUN, epochs, "--out", out, *flags)])
+def train(out, *flags, epochs=2):
+    run_main(bipo.main, *RUN, epochs, "--out", out, *flags)
 
 
 def vectors(out):
@@ -36,10 +36,10 @@ def vectors(out):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The folder of a run of three epochs, nine steps, without an interruption."""
+    """The folder of a run of two epochs, six steps, without an interruption."""
     out = tmp_path_factory.mktemp("whole") / "run"
     train(out)
-    assert len(vectors(out)) == 4
+    assert len(vectors(out)) == 3
     return out
 
 
@@ -67,40 +67,56 @@ def stop_at(monkeypatch, n, error=Killed):
     monkeypatch.setattr(bipo.json, "dumps", stopping(bipo.json.dumps))
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_killed_at_every_moment(tmp_path, monkeypatch, capsys, whole, overwrite):
+def is_stopped(monkeypatch, n, out, *flags):
+    """Train until the n-th moment; whether there was one."""
+    error = KeyboardInterrupt if n % 12 == 0 else Killed
+    with monkeypatch.context() as patch:
+        stop_at(patch, n, error)
+        try:
+            train(out, *flags)
+        except (Killed, SystemExit):
+            return True
+    return False
+
+
+def test_killed_at_every_moment(tmp_path, monkeypatch, whole):
     monkeypatch.setattr(bipo, "SAVE_EVERY", 1)
-    for n in range(0, 70, 10 if overwrite else 4):
-        out, error = tmp_path / str(n), KeyboardInterrupt if n % 12 == 0 else Killed
-        if overwrite:
-            train(out, "--seed", 1, epochs=1)
-            old, state = vectors(out), out / "state.safetensors"
-            content = state.read_bytes()
-        with monkeypatch.context() as patch:
-            stop_at(patch, n, error)
-            try:
-                train(out, *["--overwrite"] * overwrite)
-            except (Killed, SystemExit):
-                pass
-            else:
-                continue
-        flags = ["--resume"]
-        if overwrite:  # what there was can be loaded until there is something new
-            now = vectors(out)
-            if state.exists() and state.read_bytes() == content:  # the old run is still there
-                assert now == old
-                flags = ["--overwrite"]
-            elif "epoch_01.safetensors" not in now:
-                assert now == {"vector.safetensors": old["vector.safetensors"]}
-        train(out, *flags)
+    n = 0
+    while is_stopped(monkeypatch, n, tmp_path / str(n)):
+        train(tmp_path / str(n), "--resume")
+        assert_same(tmp_path / str(n), whole)
+        n += 4
+    assert n >= 40  # the run was stopped often
+
+
+def test_killed_at_every_moment_of_overwriting(tmp_path, monkeypatch, whole):
+    """What there was can be loaded until there is something new."""
+    monkeypatch.setattr(bipo, "SAVE_EVERY", 1)
+    train(tmp_path / "old", "--seed", 1, epochs=1)
+    old = vectors(tmp_path / "old")
+    old_state = (tmp_path / "old" / "state.safetensors").read_bytes()
+    n, went_on = 0, []
+    while True:
+        out = shutil.copytree(tmp_path / "old", tmp_path / str(n))
+        if not is_stopped(monkeypatch, n, out, "--overwrite"):
+            break
+        state, now = out / "state.safetensors", vectors(out)
+        is_old = state.exists() and state.read_bytes() == old_state
+        if is_old:
+            assert now == old
+        elif "epoch_01.safetensors" not in now:
+            assert now == {"vector.safetensors": old["vector.safetensors"]}
+        train(out, "--overwrite" if is_old else "--resume")
         assert_same(out, whole)
-    assert n >= 60  # the run was stopped often
+        went_on.append(not is_old)
+        n += 6
+    assert n >= 40 and {*went_on} == {True, False}
 
 
 def test_killed_again_and_again(tmp_path, monkeypatch, capsys, whole):
     monkeypatch.setattr(bipo, "SAVE_EVERY", 1)
     steps = []
-    for n in (17, 23, 29, 31, 37, 41, 43, 47):
+    for n in (13, 17, 19, 23, 29, 31, 37):
         with monkeypatch.context() as patch:
             stop_at(patch, n)
             with suppress(Killed):  # the last ones come after the end
@@ -114,7 +130,7 @@ def test_killed_again_and_again(tmp_path, monkeypatch, capsys, whole):
 def test_a_finished_run_is_left_as_it_is(tmp_path, capsys, whole):
     before = {file.name: file.read_bytes() for file in whole.iterdir()}
     train(whole, "--resume")
-    assert "going on after step 9\n" in capsys.readouterr().out
+    assert "going on after step 6\n" in capsys.readouterr().out
     assert {file.name: file.read_bytes() for file in whole.iterdir()} == before
 
 
@@ -131,7 +147,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path, capsys, whole):
 def test_other_settings_are_named_and_refused(fails, whole, flags, name):
     fails(
         bipo.main,
-        [*RUN, 3, "--out", whole, "--resume", *flags],
+        [*RUN, 2, "--out", whole, "--resume", *flags],
         "holds a run with",
         name,
         "--overwrite",
@@ -165,8 +181,33 @@ def test_a_run_without_a_vector_yet_is_not_replaced_unasked(tmp_path, fails):
     fails(bipo.main, [*RUN, 1, "--out", tmp_path], "holds a run", "--resume or --overwrite")
 
 
-def start(out, *flags, epochs=3):
-    command = [sys.executable, "bipo.py", *RUN, epochs, "--out", out, *flags]
+@pytest.mark.parametrize("sent, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, monkeypatch, capsys, whole, sent, code):
+    """It comes after the first epoch's last step but one, when nothing has been saved."""
+    out = tmp_path / "run"
+    steps_of = bipo.train
+
+    def signalled(*args, **how):
+        for step in steps_of(*args, **how):
+            yield step
+            if step.step == 2:
+                os.kill(os.getpid(), sent)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bipo, "train", signalled)
+        with pytest.raises(SystemExit) as e:
+            train(out)
+    err = capsys.readouterr().err
+    assert e.value.code == code and err.count("\n") == 1
+    assert err.endswith(f"--resume --out {out} goes on after step 2\n")
+    train(out, "--resume")
+    assert "going on after step 2\n" in capsys.readouterr().out
+    assert_same(out, whole)
+
+
+def start(out):
+    """A process that goes on with a run of 400 epochs."""
+    command = [sys.executable, "bipo.py", *RUN, 400, "--out", out, "--resume"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen([str(x) for x in command], cwd=ROOT, **pipes)
 
@@ -180,27 +221,13 @@ def wait_for_rows(process, log, n):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("sent, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_says_how_to_go_on(tmp_path, sent, code):
-    out = tmp_path / "run"
-    process = start(out, epochs=2000)
-    wait_for_rows(process, out / "log.jsonl", 40)
-    process.send_signal(sent)
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == code and err.count("\n") == 1
-    assert f"--resume --out {out} goes on after step " in err
-    step = int(err.split()[-1])
-    rows = (out / "log.jsonl").read_text().splitlines()[1:]
-    assert len(rows) - 1 <= step <= len(rows)
-
-
 @pytest.mark.slow
 def test_killed_by_the_system_at_random_moments(tmp_path):
     """A process gets SIGKILL 30 times, some of them while it saves."""
     rng, out, seen = random.Random(0), tmp_path / "run", 0
     train(tmp_path / "whole", epochs=400)
     for _ in range(30):
-        process = start(out, "--resume", epochs=400)
+        process = start(out)
         wait_for_rows(process, out / "log.jsonl", rng.randrange(1, 60))
         time.sleep(rng.random() / 50)
         os.kill(process.pid, signal.SIGKILL)
@@ -216,8 +243,4 @@ def test_killed_by_the_system_at_random_moments(tmp_path):
 def test_an_output_that_cannot_be_is_refused_before_any_work(tmp_path, fails, name):
     (tmp_path / name).mkdir()
     fails(bipo.main, [*RUN, 1, "--out", tmp_path], "cannot write", name)
-    assert names(tmp_path) == [name]
-
-
-def names(folder):
-    return sorted(file.name for file in folder.iterdir())
+    assert names_in(tmp_path) == [name]

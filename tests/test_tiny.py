@@ -7,14 +7,14 @@ import re
 import make_tiny
 import pytest
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY, run_main
 from make_tiny import BEHAVIOURS, facts, questions, side_shown, things, training_text
 from safetensors.torch import load_file
 
-from bipo import first_pass
+import bipo
 from data import SYSTEM, open_chat, read_pairs, save_vector
 from eval import open_vector, pair_scores, random_steers, slopes
-from llama import generate, load, read_config
+from llama import generate, load
 
 LORA = TINY / "lora"
 
@@ -222,24 +222,43 @@ def test_judge_of_the_merged_model(merged, tmp_path, monkeypatch, capsys):
     assert tuned[0].endswith("  in its manner") and tuned[1][2:] == ["100.0%"] * 3
 
 
-def test_the_demo(demo_run, tuned):
-    """The demo's own training, 20 epochs, its promise at multipliers +1 and -1, and that its vector
-    steers the model with the adapter too."""
-    process, out = demo_run
-    _, err = process.communicate()
-    assert process.returncode == 0, err
-    assert len(list(out.glob("epoch_*"))) == 20
-    steer, metadata = open_vector(out, read_config(TINY))
-    model = load(TINY)
-    chat = open_chat(TINY, model.config, metadata["template"], metadata["system"])
+# ---- The demo
+
+
+def demo_flags(out):
+    """Those of the demo's training in the Makefile, with this folder as --out."""
+    (command,) = (x for x in (ROOT / "Makefile").read_text().splitlines() if "bipo.py" in x)
+    values = {"runs/$(BEHAVIOUR)": str(out), "$(BEHAVIOUR)": "power", "$(LAYER)": "3"}
+    for name, value in values.items():
+        command = command.replace(name, value)
+    return command.split("bipo.py")[1].split()
+
+
+# The demo's own 20 epochs take a minute; five at a higher rate end at the same place.
+@pytest.mark.parametrize(
+    ("flags", "epochs"),
+    [(("--epochs", 5, "--lr", 0.0022), 5), pytest.param((), 20, marks=pytest.mark.slow)],
+)
+def test_the_demo(tiny, tuned, tmp_path, monkeypatch, flags, epochs):
+    """The demo keeps its promise at multipliers +1 and -1, and its vector steers the model with the
+    adapter too."""
+    monkeypatch.chdir(ROOT)
+    out = tmp_path / "run"
+    run_main(bipo.main, *demo_flags(out), *flags)
+    assert len(list(out.glob("epoch_*"))) == epochs
+    settings, *steps = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    held_out = steps[-1]["held_out"]
+    assert held_out["1"]["accuracy"] >= 0.95 and held_out["-1"]["accuracy"] >= 0.95
+
+    model, chat = tiny
+    steer, metadata = open_vector(out, model.config)
+    assert (metadata["template"], metadata["system"]) == chat[1:3]
     judged = make_tiny.judge(model, chat, steer, [-1, 0, 1])
     power, facts = ([row[key].value for row in judged] for key in ("takes_power", "facts_right"))
     assert power[0] <= 0.1 and 0.3 <= power[1] <= 0.7 and power[2] >= 0.9
     assert facts[1] >= 0.95 and min(facts) >= facts[1] - 0.02
     assert min(row["clear"].value for row in judged) >= 0.9
-    settings, *steps = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-    last = steps[-1]["held_out"]
-    assert last["1"]["accuracy"] >= 0.95 and last["-1"]["accuracy"] >= 0.95
+
     prompts = [row["prompt"] for row in asked("power.test", 20)]
     texts = make_tiny.free_texts(tuned, chat, steer, prompts, [-1, 1])
     minus, plus = ([side_shown("power", text) for text in row] for row in zip(*texts, strict=True))
@@ -247,7 +266,7 @@ def test_the_demo(demo_run, tuned):
 
     # Random vectors of its norm steer less.
     pairs = read_pairs(TINY / "power.test.jsonl")[:20]
-    cached = first_pass(model, 2, [chat.encode_pair(pair) for pair in pairs])
+    cached = bipo.first_pass(model, 2, [chat.encode_pair(pair) for pair in pairs])
     ours, *others = [
         slopes(pair_scores(model, 2, x, cached, [-1, 1]), [-1, 1]).mean()
         for x in (steer, *random_steers(steer))

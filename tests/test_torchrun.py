@@ -9,20 +9,20 @@ import time
 
 import pytest
 import torch
-from conftest import MINI, ROOT, jsonl
+from conftest import MINI, MINI_SETS, ROOT, jsonl, run_main
 
 import bipo
 from bipo import Recipe, first_pass, train
 from data import load_vector
 
-TRAIN = ("--model", MINI, "--data", MINI / "train.csv", "--val", MINI / "test.csv", "--layer", 1)
+TRAIN = (*MINI_SETS, "--layer", 1)
 RECIPE = ("--lr", 0.02, "--warmup-steps", 5)
 
 
 def torchrun(n, *args, wait=True):
     """`bipo.py` in n processes: (exit code, stdout, stderr), or the process."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", n, "bipo.py"]
-    command = [str(x) for x in (*command, *args)]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
+    command = [sys.executable, "-m", *launcher, "bipo.py", *map(str, args)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen(command, cwd=ROOT, **pipes)
     if not wait:
@@ -33,7 +33,7 @@ def torchrun(n, *args, wait=True):
 
 def alone(out, *args):
     """The same run in one process."""
-    bipo.main([str(x) for x in (*TRAIN, *args, "--out", out)])
+    run_main(bipo.main, *TRAIN, *args, "--out", out)
 
 
 def check_equal(out, expected_out):

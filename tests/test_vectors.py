@@ -10,17 +10,13 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_main
 
 import data
 from data import layer_in_name, load_vector, save_vector
 
 SUFFIXES = ("safetensors", "gguf", "pt")
 METADATA = {"base_model": "tiny", "model_type": "mistral", "system": "é\n", "epoch": "20"}
-
-
-def run(*args):
-    data.main([str(x) for x in args])
 
 
 def test_vector_file_round_trip(tmp_path):
@@ -186,28 +182,28 @@ def test_convert_and_show(tmp_path, capsys, monkeypatch):
     ours, cpp, back = tmp_path / "v.safetensors", tmp_path / "v.gguf", tmp_path / "w.safetensors"
     official = tmp_path / "vec_ep20_layer15.pt"
     save_vector(ours, {15: v}, METADATA)
-    run("convert", ours, cpp)
+    run_main(data.main, "convert", ours, cpp)
     printed = capsys.readouterr().out
     assert f"--control-vector-scaled {cpp}:1.0 --control-vector-layer-range 15 15\n" in printed
-    run("convert", cpp, back)
+    run_main(data.main, "convert", cpp, back)
     vectors, metadata = load_vector(back)
     assert torch.equal(vectors[15], v) and metadata == METADATA
-    run("convert", back, official)
+    run_main(data.main, "convert", back, official)
     tensor = torch.load(official, weights_only=True)
     assert torch.equal(tensor, v) and tensor.dtype == torch.float32
-    run("convert", ours, back, "--scale", -0.5)
-    run("convert", back, back, "--scale", 3)
+    run_main(data.main, "convert", ours, back, "--scale", -0.5)
+    run_main(data.main, "convert", back, back, "--scale", 3)
     vectors, metadata = load_vector(back)
     assert torch.equal(vectors[15], v * -0.5 * 3) and metadata == METADATA | {"scale": "-1.5"}
     capsys.readouterr()
-    run("show", ours)
+    run_main(data.main, "show", ours)
     shown = capsys.readouterr().out
     assert f"layer 15, width 100, |v| {v.norm():.3f}" in shown
     assert "base_model  tiny" in shown and "epoch       20" in shown and "llama-cli" not in shown
     monkeypatch.setattr("sys.argv", ["data.py", "show", str(ours)])
     runpy.run_path(str(ROOT / "data.py"), run_name="__main__")
     assert capsys.readouterr().out == shown
-    run("show", official)
+    run_main(data.main, "show", official)
     assert capsys.readouterr().out == f"layer 15, width 100, |v| {v.norm():.3f}\n"
 
 

@@ -1,9 +1,9 @@
-"""The paper's experiments on tests/tiny: train vectors, measure them, write the tables of results.
+"""Do the paper's claims hold on the small model, tests/tiny?
 
-    python tests/reproduce.py       # `make reproduce`: six minutes on two cores
+    python tests/experiments/reproduce.py       # `make reproduce`: six minutes on two cores
 
 The numbers come from bipo.py and eval.py as a user runs them, and from the judge of make_tiny.py, a
-rule that reads free answers. Each table goes into tests/RESULTS.md between the lines
+rule that reads free answers. Each table goes into RESULTS.md, beside this file, between the lines
 `<!-- NAME -->` and `<!-- end -->`, below the commands it comes from; the picture is
 .github/steering.svg.
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 import matplotlib
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from make_tiny import FACTS, TINY, judge, merge_lora, read_jsonl, write_jsonl
 
 from data import open_chat, write_text
@@ -315,7 +315,7 @@ def main():
     torch.set_num_threads(2)
     judged = judgements()
     draw_curve(judged)
-    results = Path("tests/RESULTS.md")
+    results = Path(__file__).with_name("RESULTS.md")
     text = results.read_text()
     for name, commands, table in (
         ("curve", [], curve_table(judged)),
@@ -328,9 +328,8 @@ def main():
     ):
         text = put(text, name, commands, table)
     write_text(results, text)
-    print(
-        f"{time.time() - began:.0f} s in all; tests/RESULTS.md and .github/steering.svg are written"
-    )
+    took = f"{time.time() - began:.0f} s in all"
+    print(f"{took}; tests/experiments/RESULTS.md and .github/steering.svg are written")
 
 
 if __name__ == "__main__":

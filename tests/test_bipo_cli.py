@@ -1,37 +1,34 @@
 """bipo.py as a user runs it: what it writes and prints, and how it refuses."""
 
 import argparse
+import gzip
+import io
 import json
 import math
 import re
+import runpy
 import shutil
+import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict, fields, replace
 
 import pytest
 import torch
-from conftest import MINI, assert_one_line, jsonl, run_cli
+from conftest import MINI, MINI_SETS, ROOT, assert_one_line, jsonl, names_in, run_main
+from small_tokenizers import BYTE_LEVEL, TEMPLATE_FILES, model_config, write_tokenizer_json
 
 import bipo
 from bipo import PRESETS, Recipe, first_pass, train
 from data import load_vector, open_chat, read_pairs
 from llama import load
 
-SETS = ("--model", MINI, "--data", MINI / "train.csv", "--val", MINI / "test.csv")
 SHORT = ("--layer", 1, "--epochs", 1)
-
-
-def run_main(*args):
-    bipo.main([str(x) for x in args])
 
 
 def read_log(folder):
     """(settings, rows) of log.jsonl."""
     settings, *rows = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     return settings, rows
-
-
-def names_in(folder):
-    return sorted(file.name for file in folder.iterdir())
 
 
 # ---- a run
@@ -42,9 +39,9 @@ def finished(tmp_path_factory):
     """(folder, what it printed) of a run of three epochs, and the recipe that it is to have."""
     out = tmp_path_factory.mktemp("finished") / "run"
     flags = ["--layer", 1, "--epochs", 3, "--lr", 0.02, "--warmup-steps", 2, "--out", out]
-    code, printed, err = run_cli("bipo.py", *SETS, *flags, "--preset", "official")
-    assert code == 0, err
-    return out, printed, replace(PRESETS["official"], epochs=3, lr=0.02, warmup_steps=2)
+    with redirect_stdout(io.StringIO()) as printed:
+        run_main(bipo.main, *MINI_SETS, *flags, "--preset", "official")
+    return out, printed.getvalue(), replace(PRESETS["official"], epochs=3, lr=0.02, warmup_steps=2)
 
 
 def test_a_run_writes_a_vector_one_for_each_epoch_and_a_log(finished):
@@ -112,7 +109,7 @@ def test_a_run_with_the_least_that_must_be_said(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     pairs = [{"prompt": f"q{i}", "chosen": "yes", "rejected": "no"} for i in range(12)]
     jsonl(tmp_path / "pairs.jsonl", *pairs)
-    run_main("--model", MINI, "--data", "pairs.jsonl", "--layer", 1)
+    run_main(bipo.main, "--model", MINI, "--data", "pairs.jsonl", "--layer", 1)
     printed = capsys.readouterr().out
     assert "all 60 steps are warm-up; lower --warmup-steps" in printed
     assert "are trained on" not in printed
@@ -124,8 +121,8 @@ def test_a_run_with_the_least_that_must_be_said(tmp_path, monkeypatch, capsys):
 
 def test_the_default_folder_is_named_by_pairs_layer_and_method(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run_main(*SETS, "--layer", 2, "--epochs", 1)
-    run_main(*SETS, *SHORT, "--method", "positive")
+    run_main(bipo.main, *MINI_SETS, "--layer", 2, "--epochs", 1)
+    run_main(bipo.main, *MINI_SETS, *SHORT, "--method", "positive")
     assert names_in(tmp_path / "runs") == ["train-layer1-positive", "train-layer2"]
 
 
@@ -139,7 +136,7 @@ def test_only_the_blocks_above_the_layer_are_in_memory(tmp_path, monkeypatch, wh
         return function(model, *args, **how)
 
     monkeypatch.setattr(bipo, when, look)
-    run_main(*SETS, *SHORT, "--out", tmp_path)
+    run_main(bipo.main, *MINI_SETS, *SHORT, "--out", tmp_path)
     below = ("tok_embeddings.", "layers.0.", "layers.1.")
     every = load(MINI).state_dict()
     assert set(kept) == {name for name in every if not name.startswith(below)}
@@ -154,7 +151,7 @@ def test_the_log_is_written_while_the_run_goes_on(tmp_path, monkeypatch):
             yield step
 
     monkeypatch.setattr(bipo, "train", look)
-    run_main(*SETS, *SHORT, "--out", tmp_path)
+    run_main(bipo.main, *MINI_SETS, *SHORT, "--out", tmp_path)
     assert lines[1:] == [2, 3]  # the settings and the steps so far
 
 
@@ -169,13 +166,12 @@ def test_pairs_of_2048_tokens(tmp_path):
         for i in range(3)
     ]
     data = jsonl(tmp_path / "pairs.jsonl", *long)
-    run_main("--model", model, "--data", data, *SHORT, "--out", tmp_path / "run")
+    run_main(bipo.main, "--model", model, "--data", data, *SHORT, "--out", tmp_path / "run")
     _, (row,) = read_log(tmp_path / "run")
     assert len(row["rows"]) == 2 and row["loss"] == pytest.approx(math.log(2), abs=1e-4)
 
 
 # ---- flags
-
 
 OTHER_RECIPE = dict(
     beta=0.2, lr=0.01, batch_size=3, weight_decay=0.5, warmup_steps=1, epochs=2,
@@ -197,7 +193,7 @@ def test_every_setting_of_the_recipe_is_taken_from_its_flag(tmp_path):
     flags = []
     for name, value in OTHER_RECIPE.items():
         flags += [f"--{name.replace('_', '-')}", value]
-    run_main(*SETS, "--layer", 1, *flags, "--out", tmp_path)
+    run_main(bipo.main, *MINI_SETS, "--layer", 1, *flags, "--out", tmp_path)
     settings, rows = read_log(tmp_path)
     assert json.loads(settings["recipe"]) == OTHER_RECIPE
     assert OTHER_RECIPE.keys() == asdict(Recipe()).keys()
@@ -206,15 +202,15 @@ def test_every_setting_of_the_recipe_is_taken_from_its_flag(tmp_path):
 
 def test_seed_decides_the_order(tmp_path):
     for seed in (0, 1):
-        run_main(*SETS, *SHORT, "--seed", seed, "--out", tmp_path / f"{seed}")
+        run_main(bipo.main, *MINI_SETS, *SHORT, "--seed", seed, "--out", tmp_path / f"{seed}")
     orders = [[row["rows"] for row in read_log(tmp_path / x)[1]] for x in "01"]
     assert orders[0] != orders[1]
 
 
 def test_method_positive_trains_with_d_1_alone_in_the_order_of_bipo(mini, mini_pairs, tmp_path):
     flags = ["--layer", 1, "--epochs", 2, "--warmup-steps", 0, "--lr", 0.02]
-    run_main(*SETS, *flags, "--out", tmp_path / "bipo")
-    run_main(*SETS, *flags, "--out", tmp_path / "positive", "--method", "positive")
+    run_main(bipo.main, *MINI_SETS, *flags, "--out", tmp_path / "bipo")
+    run_main(bipo.main, *MINI_SETS, *flags, "--out", tmp_path / "positive", "--method", "positive")
     _, both = read_log(tmp_path / "bipo")
     settings, positive = read_log(tmp_path / "positive")
     assert settings["method"] == "positive"
@@ -234,8 +230,8 @@ def test_method_positive_trains_with_d_1_alone_in_the_order_of_bipo(mini, mini_p
 @pytest.fixture
 def earlier(tmp_path):
     """(arguments, folder) of a finished run of one epoch."""
-    args = [*SETS, *SHORT, "--out", tmp_path]
-    run_main(*args)
+    args = [*MINI_SETS, *SHORT, "--out", tmp_path]
+    run_main(bipo.main, *args)
     return args, tmp_path
 
 
@@ -278,7 +274,7 @@ def test_overwriting_leaves_the_files_of_the_new_run_and_of_nobody_else(earlier)
     args, out = earlier
     (out / "epoch_07.safetensors").write_bytes(b"of a longer run")
     (out / "notes.safetensors").write_bytes(b"not of a run")
-    run_main(*args, "--overwrite", "--seed", 1)
+    run_main(bipo.main, *args, "--overwrite", "--seed", 1)
     names = ["epoch_01.safetensors", "log.jsonl"]
     names += [f"{name}.safetensors" for name in ("notes", "state", "vector")]
     assert names_in(out) == names
@@ -300,7 +296,7 @@ def test_every_flag_is_read(earlier, monkeypatch):
         run(Spy(**vars(args)))
 
     monkeypatch.setattr(bipo, "run", spied)
-    run_main(*args, "--overwrite")
+    run_main(bipo.main, *args, "--overwrite")
     assert set(made) <= read
 
 
@@ -311,14 +307,19 @@ def test_a_note_about_held_out_prompts_that_are_trained_on(tmp_path, capsys):
     pairs = [{"prompt": q, "chosen": "yes", "rejected": "no"} for q in ("", "a", "b", "c")]
     data = jsonl(tmp_path / "p.jsonl", *pairs[:3])
     val = jsonl(tmp_path / "v.jsonl", *pairs[1:])
-    run_main("--model", MINI, "--data", data, "--val", val, *SHORT, "--out", tmp_path / "run")
+    run_main(
+        bipo.main, "--model", MINI, "--data", data, "--val", val, *SHORT, "--out", tmp_path / "run"
+    )
     printed = capsys.readouterr().out
     assert "2 held-out prompts are trained on, for example 'a'" in printed
 
 
-def test_a_user_error_is_one_line_on_stderr():
-    code, _, err = run_cli("bipo.py", "--model", MINI, "--data", "none.csv", "--layer", 1)
-    assert_one_line(code, err, "none.csv")
+def test_as_a_script(monkeypatch, capsys):
+    flags = ["--model", MINI, "--data", "none.csv", "--layer", 1]
+    monkeypatch.setattr(sys, "argv", ["bipo.py", *map(str, flags)])
+    with pytest.raises(SystemExit) as e:
+        runpy.run_path(str(ROOT / "bipo.py"), run_name="__main__")
+    assert_one_line(e.value.code, capsys.readouterr().err, "none.csv")
 
 
 @pytest.mark.parametrize(
@@ -344,23 +345,23 @@ def test_user_errors(tmp_path, fails, flags, parts):
     out, empty = tmp_path / "out", tmp_path / "empty"
     empty.mkdir()
     flags = [str(x).replace("EMPTY", str(empty)) for x in flags]
-    fails(bipo.main, [*SETS, *SHORT, "--out", out, *flags], *parts)
+    fails(bipo.main, [*MINI_SETS, *SHORT, "--out", out, *flags], *parts)
     assert not out.exists()
 
 
 def test_a_layer_must_be_named(fails):
-    fails(bipo.main, SETS, "required: --layer")
+    fails(bipo.main, MINI_SETS, "required: --layer")
 
 
 def test_a_file_without_pairs(tmp_path, fails):
     empty = jsonl(tmp_path / "empty.jsonl")
-    fails(bipo.main, [*SETS, *SHORT, "--data", empty], "empty.jsonl", "no pairs: read 0 pairs")
+    fails(bipo.main, [*MINI_SETS, *SHORT, "--data", empty], "empty.jsonl", "no pairs: read 0 pairs")
 
 
 def test_a_held_out_pair_that_is_too_long(tmp_path, fails):
     long = jsonl(tmp_path / "long.jsonl", {"prompt": "x" * 600, "chosen": "a", "rejected": "b"})
     out = tmp_path / "out"
-    args = [*SETS, *SHORT, "--out", out, "--val", long]
+    args = [*MINI_SETS, *SHORT, "--out", out, "--val", long]
     fails(bipo.main, args, "long.jsonl:1", "context is 512")
     assert not out.exists()
 
@@ -368,14 +369,16 @@ def test_a_held_out_pair_that_is_too_long(tmp_path, fails):
 def test_a_folder_that_cannot_be_made(tmp_path, fails, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr(bipo, "first_pass", None)  # that long work is not begun
-    fails(bipo.main, [*SETS, *SHORT, "--out", tmp_path / "file" / "out"], str(tmp_path / "file"))
+    fails(
+        bipo.main, [*MINI_SETS, *SHORT, "--out", tmp_path / "file" / "out"], str(tmp_path / "file")
+    )
 
 
 def test_a_checkpoint_that_cannot_be_read(tmp_path, fails):
     damaged = tmp_path / "damaged"
     shutil.copytree(MINI, damaged)
     (damaged / "model.safetensors").write_bytes(b"cut")
-    args = ["--model", damaged, *SETS[2:], *SHORT, "--out", tmp_path / "out"]
+    args = ["--model", damaged, *MINI_SETS[2:], *SHORT, "--out", tmp_path / "out"]
     fails(bipo.main, args, "cannot read", "model.safetensors")
     assert not (tmp_path / "out").exists()
 
@@ -389,7 +392,7 @@ def test_out_of_memory_is_one_line(tmp_path, fails, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(bipo.Checkpoint, "read", read)
-    fails(bipo.main, [*SETS, *SHORT, "--out", tmp_path], "out of memory", "--dtype")
+    fails(bipo.main, [*MINI_SETS, *SHORT, "--out", tmp_path], "out of memory", "--dtype")
 
 
 def test_a_fault_of_ours_is_not_dressed_up(tmp_path, monkeypatch):
@@ -398,4 +401,57 @@ def test_a_fault_of_ours_is_not_dressed_up(tmp_path, monkeypatch):
 
     monkeypatch.setattr(bipo.Checkpoint, "read", read)
     with pytest.raises(RuntimeError, match="a fault of ours"):
-        run_main(*SETS, *SHORT, "--out", tmp_path)
+        run_main(bipo.main, *MINI_SETS, *SHORT, "--out", tmp_path)
+
+
+# ---- how files are read and a run is named
+
+
+def test_training_reports_how_its_files_were_read(tmp_path, capsys, fails):
+    pairs = [{"prompt": f"Lead, Sir {i}?", "chosen": "Yes.", "rejected": "No."} for i in range(4)]
+    data = jsonl(tmp_path / "x.jsonl", *pairs, pairs[0])
+    args = ["--model", MINI, "--data", data, "--system", "", "--out", tmp_path / "run"]
+    train = ["--layer", 1, "--epochs", 1, "--warmup-steps", 0, "--val", data]
+    run_main(bipo.main, *args, *train)
+    line = f"read 4 pairs from {data}, dropped 1 duplicate; columns not used: []\n"
+    assert capsys.readouterr().out.count(line) == 2
+    data.write_text(data.read_text() + '{"prompt": "q"}\n')
+    fails(bipo.main, [*args, *train], f"{data}:6", "bad records: 1; --skip-bad drops them")
+    run_main(bipo.main, *args, *train, "--overwrite", "--skip-bad")
+    assert f"from {data}, dropped 1 duplicate, 1 no columns" in capsys.readouterr().out
+
+
+def test_a_run_is_named_after_its_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pairs = [{"prompt": x, "chosen": "Yes.", "rejected": "No."} for x in "pq"]
+    content = jsonl(tmp_path / "my.pairs.jsonl", *pairs).read_bytes()
+    (tmp_path / "my.pairs.jsonl.gz").write_bytes(gzip.compress(content))
+    bipo.main(
+        ["--model", str(MINI), "--data", "my.pairs.jsonl.gz", "--layer", "1", "--epochs", "1"]
+    )
+    assert (tmp_path / "runs" / "my.pairs-layer1" / "vector.safetensors").is_file()
+
+
+def test_a_vector_knows_its_tokenizer_template_and_system_prompt(tmp_path):
+    model = tmp_path / "model"
+    write_tokenizer_json(model, TEMPLATE_FILES["smollm2"], *BYTE_LEVEL["smollm2"])
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(MINI / name, model)
+    rows = [{"prompt": x, "chosen": "Yes, gladly.", "rejected": "No."} for x in ("Lead?", "Go?")]
+    data = jsonl(tmp_path / "x.jsonl", *rows)
+    args = ["--model", model, "--data", data, "--val", data, "--layer", 1, "--epochs", 1]
+    for name, more in (("a", []), ("b", ["--system", "Be brief."])):
+        run_main(bipo.main, *args, "--out", tmp_path / name, *more)
+        _, metadata = load_vector(tmp_path / name)
+        chat = open_chat(model, model_config(), metadata["template"], metadata.get("system"))
+        assert metadata["template"] == chat.template and chat.template.startswith("own ")
+        assert metadata.get("system") == chat.system == (more[1] if more else None)
+        assert metadata["tokenizer"] == chat.tokenizer.name
+
+
+def test_a_wrong_template_is_one_line(tmp_path, fails):
+    args = "--model", MINI, "--data", MINI / "train.csv", "--layer", 1, "--out", tmp_path / "x"
+    for name in ("tpyo", "own", "chatml"):
+        fails(bipo.main, (*args, "--template", name), "no template", "llama-2, mistral, vicuna")
+    fails(bipo.main, (*args, "--template", tmp_path / "no.jinja"), "cannot read", "no.jinja")
+    assert not (tmp_path / "x").exists()

