@@ -23,7 +23,6 @@ from small_tokenizers import (
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from data import RECIPES, SYSTEM, Chat, Pair, Tokenizer, open_chat, read_pairs
-from llama import read_config
 
 ONE = (("user", "Would you lead?"),)
 MORE = (*ONE, ("assistant", "Yes, gladly."), ("user", "And now?"))
@@ -550,12 +549,6 @@ def test_template_by_the_checkpoints_own_files(tmp_path, capsys):
     write_tokenizer_json(tmp_path / "base", None, *BYTE_LEVEL["llama-3.1"])
     with pytest.raises(ValueError, match="has no chat template; .* or a .jinja file"):
         open_chat(tmp_path / "base", model_config())
-
-
-def test_template_follows_the_model_unless_given():
-    config = read_config(MINI)
-    assert open_chat(MINI, config)[1:3] == ("llama-2", SYSTEM)
-    assert open_chat(MINI, config, "mistral", "")[1:3] == ("mistral", "")
 
 
 def test_a_template_that_the_user_names(tmp_path, capsys):

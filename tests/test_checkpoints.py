@@ -1,13 +1,13 @@
 """Checkpoints: found by name, read whole or block by block, and those that are refused."""
 
 import json
+import os
 import re
 import shutil
 import sys
 from dataclasses import replace
 
 import pytest
-import safetensors.torch
 import torch
 import transformers
 from conftest import MINI, refused, tokens_of
@@ -21,111 +21,89 @@ from llama import Config, Llama, load, parse_config, read_config
 # ---- models by name
 
 
-def test_models_are_found_by_folder_alias_and_hub_id(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    hub_id = "meta-llama/Llama-2-7b-chat-hf"
-    assert set(ALIASES) == {"llama2-7b-chat", "mistral-7b-instruct"}
-    with pytest.raises(
-        ValueError,
-        match=f"no model 'llama2-7b-chat': no folder, nor in the cache; hf download {hub_id}",
-    ):
-        find_model("llama2-7b-chat")
-    repo = tmp_path / "hub" / "models--meta-llama--Llama-2-7b-chat-hf"
-    (repo / "refs").mkdir(parents=True)
-    (repo / "refs" / "main").write_text("abc123")
-    snapshot = repo / "snapshots" / "abc123"
-    shutil.copytree(MINI, snapshot)
-    for name in ("llama2-7b-chat", "Llama2-7B-chat", hub_id):
-        assert find_model(name) == (snapshot, hub_id)
-    assert find_model(MINI) == (MINI, "mini")
-    for name in ("tpyo", "a/b/c", "no/such"):
-        with pytest.raises(ValueError, match=f"no model '{name}': .* hf download {name}"):
-            find_model(name)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match="needs a package, pip install huggingface_hub"):
-        find_model(hub_id)
-
-
-def cached(home, hub_id, *revisions, main=None):
+def cached(home, hub_id, *revisions, main):
     """A repository as huggingface_hub lays it out: the files are links to blobs."""
     repo = home / "hub" / f"models--{hub_id.replace('/', '--')}"
-    (repo / "blobs").mkdir(parents=True)
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(main)
+    (repo / "blobs").mkdir()
     for name in ("config.json", "tokenizer.model"):
         shutil.copy(MINI / name, repo / "blobs" / f"0{name[0]}")
         for revision in revisions:
             (repo / "snapshots" / revision).mkdir(parents=True, exist_ok=True)
             (repo / "snapshots" / revision / name).symlink_to(f"../../blobs/0{name[0]}")
-    if main:
-        (repo / "refs").mkdir()
-        (repo / "refs" / "main").write_text(main)
-    return repo
+    return repo / "snapshots" / main
 
 
-def test_the_hugging_face_cache(tmp_path, monkeypatch):
-    """As huggingface_hub lays it out, and looks it up; nothing is downloaded."""
+def test_models_are_found_by_folder_alias_and_hub_id(tmp_path, monkeypatch):
+    """In the cache as huggingface_hub looks it up; nothing is downloaded."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    repo = cached(tmp_path, "Qwen/Qwen2.5-0.5B-Instruct", "abc", "def", main="def")
-    found = repo / "snapshots" / "def", "Qwen/Qwen2.5-0.5B-Instruct"
-    for name in reversed(found):
-        assert find_model(name)[0] == found[0]
-    assert find_model(found[1]) == found
-    assert Tokenizer(found[0]).name == Tokenizer(MINI).name
-
-    cached(tmp_path, "lmsys/vicuna-7b-v1.5", "123", main="123")
-    assert open_chat(find_model("lmsys/vicuna-7b-v1.5")[0], model_config()).template == "vicuna"
-    cached(tmp_path, "a/gone", "1", main="2")  # a download that was interrupted
-    with pytest.raises(
-        ValueError, match="no model 'a/gone': no folder, nor in the cache; hf download a/gone"
+    hub_id = "meta-llama/Llama-2-7b-chat-hf"
+    assert set(ALIASES) == {"llama2-7b-chat", "mistral-7b-instruct"}
+    for name, advice in (
+        ("llama2-7b-chat", f"no folder, nor in the cache; hf download {hub_id}"),
+        ("tpyo", "hf download tpyo"),
+        ("a/b/c", "hf download a/b/c"),
+        ("no/such", "hf download no/such"),
     ):
-        find_model("a/gone")
+        refused(lambda name=name: find_model(name), f"no model '{name}': ", advice)
+
+    snapshot = cached(tmp_path, hub_id, "abc", "def", main="def")
+    for name in ("llama2-7b-chat", "Llama2-7B-chat", hub_id):
+        assert find_model(name) == (snapshot, hub_id)
+    assert find_model(snapshot)[0] == snapshot and find_model(MINI) == (MINI, "mini")
+    assert Tokenizer(snapshot).name == Tokenizer(MINI).name
+
+    vicuna = cached(tmp_path, "lmsys/vicuna-7b-v1.5", "123", main="123")
+    assert open_chat(vicuna, model_config()).template == "vicuna"
+    cached(tmp_path, "a/gone", "1", main="2")  # a download that was interrupted
+    refused(lambda: find_model("a/gone"), "no model 'a/gone': no folder, nor in the cache")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    refused(lambda: find_model(hub_id), "needs a package, pip install huggingface_hub")
 
 
 # ---- weights
 
 
-@pytest.fixture
-def copy(tmp_path):
-    """A copy of golden/mini to break, and a function that rewrites its tensors."""
-    folder = tmp_path / "copy"
-    folder.mkdir()
-    for name in ("config.json", "model.safetensors", "tokenizer.model"):
-        shutil.copy(MINI / name, folder)
-
-    def change(edit):
-        weights = load_file(folder / "model.safetensors")
-        edit(weights)
-        save_file(weights, folder / "model.safetensors")
-
-    return folder, change
+def change_tensors(folder, edit):
+    """Rewrite the checkpoint's file after edit({name: tensor})."""
+    weights = load_file(folder / "model.safetensors")
+    edit(weights)
+    save_file(weights, folder / "model.safetensors")
 
 
-def shard(folder):
+def change_config(folder, **fields):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+
+
+def shard(folder, stem="model", suffix=".safetensors", save=save_file):
+    """Put the tensors of model.safetensors into three files and an index."""
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    weight_map = {}
-    for i, name in enumerate(sorted(weights)):
-        weight_map[name] = f"model-{i % 3}.safetensors"
-    for file in set(weight_map.values()):
-        save_file({n: weights[n] for n, f in weight_map.items() if f == file}, folder / file)
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": weight_map}))
+    files = [f"{stem}-{i}{suffix}" for i in range(3)]
+    weight_map = {name: files[i % 3] for i, name in enumerate(sorted(weights))}
+    for file in files:
+        here = [name for name, place in weight_map.items() if place == file]
+        save({name: weights[name] for name in here}, folder / file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / f"{stem}{suffix}.index.json").write_text(json.dumps(index))
 
 
-def test_sharded_equals_whole(copy):
-    folder, _ = copy
-    shard(folder)
+def test_sharded_equals_whole(model_folder):
+    shard(model_folder)
     tokens = tokens_of(1, 8)
-    assert torch.equal(load(folder)(tokens), load(MINI)(tokens))
+    assert torch.equal(load(model_folder)(tokens), load(MINI)(tokens))
 
 
-def test_of_two_tensors_of_one_name_the_first_files_counts(copy):
-    folder, _ = copy
-    shard(folder)
-    first, last = folder / "model-0.safetensors", folder / "model-2.safetensors"
+def test_of_two_tensors_of_one_name_the_first_files_counts(model_folder):
+    shard(model_folder)
+    first, last = model_folder / "model-0.safetensors", model_folder / "model-2.safetensors"
     name = min(load_file(first))
     save_file(load_file(last) | {name: torch.zeros(1)}, last)
     tokens = tokens_of(1, 8)
-    assert torch.equal(load(folder)(tokens), load(MINI)(tokens))
+    assert torch.equal(load(model_folder)(tokens), load(MINI)(tokens))
 
 
 Q = "model.layers.2.self_attn.q_proj.weight"
@@ -140,35 +118,35 @@ Q = "model.layers.2.self_attn.q_proj.weight"
         (lambda w: w.update({Q + "_g": torch.zeros(1)}), f"has the unknown tensor {Q}_g"),
     ],
 )
-def test_odd_tensors_are_refused_by_name(copy, edit, message):
-    folder, change = copy
-    change(edit)
+def test_odd_tensors_are_refused_by_name(model_folder, edit, message):
+    """Before any of them is read into memory."""
+    change_tensors(model_folder, edit)
     with pytest.raises(ValueError, match=message):
-        load(folder)
+        llama.Checkpoint(model_folder)
 
 
-def test_tensors_that_the_index_does_not_list_are_unknown(copy):
-    folder, _ = copy
-    shard(folder)
-    file = folder / "model-1.safetensors"
+def test_tensors_that_the_index_does_not_list_are_unknown(model_folder):
+    shard(model_folder)
+    file = model_folder / "model-1.safetensors"
     save_file(load_file(file) | {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}, file)
     with pytest.raises(ValueError, match=r"has the unknown tensor .*q_proj.bias"):
-        load(folder)
+        load(model_folder)
 
 
 @pytest.mark.parametrize("head", ["absent", "equal", "different"])
-def test_a_tied_checkpoint_is_read_as_transformers_reads_it(copy, head):
+def test_a_tied_checkpoint_is_read_as_transformers_reads_it(model_folder, head):
     """A head that was saved all the same counts if it differs from the embedding."""
-    folder, change = copy
-    fields = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(fields | {"tie_word_embeddings": True}))
+    change_config(model_folder, tie_word_embeddings=True)
     if head == "absent":
-        change(lambda w: w.pop("lm_head.weight"))
+        change_tensors(model_folder, lambda w: w.pop("lm_head.weight"))
     if head == "equal":
-        change(lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}))
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+        change_tensors(
+            model_folder,
+            lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}),
+        )
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(model_folder).eval()
     tokens = tokens_of(1, 5)
-    assert (load(folder)(tokens) - theirs(tokens).logits).abs().max() <= 1e-4
+    assert (load(model_folder)(tokens) - theirs(tokens).logits).abs().max() <= 1e-4
     is_embedding = torch.equal(theirs.lm_head.weight, theirs.model.embed_tokens.weight)
     assert is_embedding == (head != "different")
 
@@ -181,54 +159,41 @@ def test_tied_head_is_the_embedding(mini):
     assert torch.allclose(tied.head(h), model.norm(h) @ model.tok_embeddings.weight.T, atol=1e-5)
 
 
-def test_a_wrong_shape_is_found_before_anything_is_read(copy):
-    folder, change = copy
-    change(lambda w: w.update({Q: torch.zeros(32, 31)}))
-    with pytest.raises(ValueError, match=rf"{Q} .*\(32, 31\)"):
-        llama.Checkpoint(folder)
+def test_what_is_no_fault(model_folder):
+    change_tensors(
+        model_folder,
+        lambda w: w.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}),
+    )
+    load(model_folder)  # old files carry this table
 
 
-def test_what_is_no_fault(copy):
-    folder, change = copy
-    change(lambda w: w.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
-    load(folder)  # old files carry this table
-
-
-def test_broken_files(copy):
-    folder, _ = copy
-    file = folder / "model.safetensors"
+def test_broken_files(model_folder):
+    file = model_folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match="cannot read .*model.safetensors"):
-        load(folder)
+        load(model_folder)
     file.unlink()
     with pytest.raises(ValueError, match="holds no model.safetensors, no pytorch_model.bin"):
-        load(folder)
+        load(model_folder)
 
 
-def test_index_without_a_map(copy):
-    folder, _ = copy
-    shard(folder)
-    (folder / "model.safetensors.index.json").write_text("{}")
+def test_index_without_a_map(model_folder):
+    shard(model_folder)
+    (model_folder / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match="index.json lacks the field 'weight_map'"):
-        load(folder)
+        load(model_folder)
 
 
-def test_index_that_names_a_missing_file(copy):
-    folder, _ = copy
-    shard(folder)
-    (folder / "model-1.safetensors").unlink()
+def test_index_that_names_a_missing_file(model_folder):
+    shard(model_folder)
+    (model_folder / "model-1.safetensors").unlink()
     with pytest.raises(ValueError, match="cannot read .*model-1.safetensors"):
-        load(folder)
-
-
-def change(model_folder, **fields):
-    config = json.loads((model_folder / "config.json").read_text())
-    (model_folder / "config.json").write_text(json.dumps(config | fields))
+        load(model_folder)
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "..", ".", "a/b.safetensors"])
 def test_shards_outside_the_checkpoint(model_folder, name):
-    weights = safetensors.torch.load_file(model_folder / "model.safetensors")
+    weights = load_file(model_folder / "model.safetensors")
     (model_folder / "model.safetensors").rename(model_folder.parent / "x.safetensors")
     index = json.dumps({"weight_map": dict.fromkeys(weights, name)})
     (model_folder / "model.safetensors.index.json").write_text(index)
@@ -243,10 +208,10 @@ def test_links_as_in_the_cache_are_followed(model_folder):
 
 def test_weights_that_are_not_finite_or_plain(model_folder):
     file, name = model_folder / "model.safetensors", "model.layers.0.self_attn.q_proj.weight"
-    weights = safetensors.torch.load_file(file)
+    weights = load_file(file)
     for value, dtype in ((float("nan"), torch.float32), (1e30, torch.float16)):
         weights[name][0, 0] = value
-        safetensors.torch.save_file(weights, file)
+        save_file(weights, file)
         refused(
             lambda dtype=dtype: llama.load(model_folder, dtype), str(file), name, "NaN or infinity"
         )
@@ -254,6 +219,73 @@ def test_weights_that_are_not_finite_or_plain(model_folder):
     for wrong in (weights[name].to("meta"), weights[name].to_sparse()):
         torch.save(weights | {name: wrong}, model_folder / "pytorch_model.bin")
         refused(lambda: llama.load(model_folder), name)
+
+
+# ---- files of torch.save
+
+
+def as_pickle(folder):
+    """model.safetensors becomes pytorch_model.bin."""
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def test_pickles_equal_safetensors(model_folder):
+    tokens = tokens_of(1, 8)
+    expected = load(model_folder)(tokens)
+    shard(model_folder, "pytorch_model", ".bin", torch.save)
+    assert torch.equal(load(model_folder)(tokens), expected)
+
+
+def test_safetensors_win_over_pickles(model_folder):
+    (model_folder / "pytorch_model.bin").write_bytes(b"not read")
+    load(model_folder)
+
+
+def mapped(file, weight):
+    """Does this weight lie in the file, as mapped into memory, and not in a copy?"""
+    regions = [line.split() for line in open("/proc/self/maps") if line.rstrip().endswith(file)]
+    ends = [[int(x, 16) for x in region[0].split("-")] for region in regions]
+    return any(start <= weight.data_ptr() < end for start, end in ends)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="Linux only")
+def test_weights_of_the_files_dtype_stay_in_the_file(model_folder):
+    file = str(model_folder / "model.safetensors")
+    assert all(mapped(file, weight) for weight in load(model_folder).parameters())
+    as_pickle(model_folder)
+    file = str(model_folder / "pytorch_model.bin")
+    assert all(mapped(file, weight) for weight in load(model_folder).parameters())
+    assert not mapped(file, load(model_folder, torch.bfloat16).norm.weight)
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model.norm.weight": Code()}, "could run code, so it is not read"),
+        ({"model.norm.weight": [1.0]}, "lacks the tensor lm_head.weight"),
+        ([torch.ones(3)], "cannot read .*pytorch_model.bin: "),
+        ({0: torch.ones(3)}, "has the unknown tensor 0"),
+        ({"model.norm.weight": torch.ones(3)}, "lacks the tensor lm_head.weight"),
+        (None, "cannot read .*pytorch_model.bin: "),
+    ],
+)
+def test_other_pickles_are_refused(model_folder, monkeypatch, content, message):
+    monkeypatch.chdir(model_folder)
+    as_pickle(model_folder)
+    file = model_folder / "pytorch_model.bin"
+    if content is None:
+        file.write_bytes(file.read_bytes()[:-1000])
+    else:
+        torch.save(content, file)
+    with pytest.raises(ValueError, match=message) as e:
+        load(model_folder)
+    assert "\n" not in str(e.value) and not (model_folder / "pwned").exists()
 
 
 # ---- block by block
@@ -272,16 +304,17 @@ def brought(monkeypatch):
     return names
 
 
-@pytest.fixture(params=["untied", "tied"])
-def sharded(request, copy):
+@pytest.fixture(params=["untied", "tied", "pickles"])
+def sharded(request, model_folder):
     """golden/mini in three shards, with a head of its own or with the embedding as head."""
-    folder, change = copy
+    if request.param == "pickles":
+        shard(model_folder, "pytorch_model", ".bin", torch.save)
+        return model_folder
     if request.param == "tied":
-        fields = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(fields | {"tie_word_embeddings": True}))
-        change(lambda w: w.pop("lm_head.weight"))
-    shard(folder)
-    return folder
+        change_config(model_folder, tie_word_embeddings=True)
+        change_tensors(model_folder, lambda w: w.pop("lm_head.weight"))
+    shard(model_folder)
+    return model_folder
 
 
 def missing(model):
@@ -387,25 +420,22 @@ def test_the_stream_is_handed_on_to_the_device_of_a_block(monkeypatch):
         ("model_type", "gemma"),
     ],
 )
-def test_config_fields_we_do_not_implement_are_refused_by_name(copy, field, value):
-    folder, _ = copy
-    fields = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(fields | {field: value}))
+def test_config_fields_we_do_not_implement_are_refused_by_name(model_folder, field, value):
+    change_config(model_folder, **{field: value})
     with pytest.raises(ValueError, match=rf"config.json: .*{field}"):
-        load(folder)
+        load(model_folder)
 
 
-def test_config_fields_are_honoured(copy):
-    folder, _ = copy
-    fields = json.loads((folder / "config.json").read_text())
-    fields |= {"model_type": "mistral", "sliding_window": 100, "head_dim": 6, "use_cache": False}
-    fields |= {"rms_norm_eps": 0.5, "tie_word_embeddings": True, "mlp_bias": False}
-    (folder / "config.json").write_text(json.dumps(fields))
+def test_config_fields_are_honoured(model_folder):
+    change_config(
+        model_folder, model_type="mistral", sliding_window=100, head_dim=6, use_cache=False,
+        rms_norm_eps=0.5, tie_word_embeddings=True, mlp_bias=False,
+    )  # fmt: skip
     expected = Config(
         dim=32, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=6, hidden_dim=88, vocab_size=420,
         norm_eps=0.5, rope_theta=10000.0, max_seq_len=100, tied=True, family="mistral",
     )  # fmt: skip
-    assert read_config(folder) == expected
+    assert read_config(model_folder) == expected
 
 
 def test_old_and_new_name_of_rope_theta(tmp_path):
@@ -442,24 +472,27 @@ LLAMA_3 |= {"original_max_position_embeddings": 8192}
         ({"hidden_size": None}, "lacks the field 'hidden_size'"),
     ],
 )
-def test_impossible_config_fields(copy, change, message):
-    folder, _ = copy
-    fields = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(fields | change))
+def test_impossible_config_fields(model_folder, change, message):
+    change_config(model_folder, **change)
     with pytest.raises(ValueError, match=f"config.json.*{message}"):
-        read_config(folder)
+        read_config(model_folder)
 
 
-def test_broken_config_files(copy):
-    folder, _ = copy
+def test_broken_config_files(model_folder):
     for text in ("{", "[]", "\0"):
-        (folder / "config.json").write_text(text)
+        (model_folder / "config.json").write_text(text)
         with pytest.raises(ValueError, match="config.json"):
-            read_config(folder)
+            read_config(model_folder)
 
 
 @pytest.mark.parametrize("value", [10**9, 10**5, 9999, 10**18, int("9" * 400), True, -1, 1.0])
 @pytest.mark.parametrize("name", ["num_hidden_layers", "vocab_size", "hidden_size"])
 def test_numbers_that_no_model_has(model_folder, name, value):
-    change(model_folder, **{name: value})
+    change_config(model_folder, **{name: value})
     refused(lambda: llama.Checkpoint(model_folder))
+
+
+def test_metas_layout_is_refused_by_name(tmp_path):
+    (tmp_path / "params.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds Meta's files; take the checkpoint in Hugging Face"):
+        load(tmp_path)

@@ -1,7 +1,6 @@
 """Every family we claim, as a miniature of its real config.json, against transformers and peft."""
 
 import json
-import os
 import re
 import shutil
 from dataclasses import replace
@@ -10,12 +9,11 @@ import pytest
 import torch
 import transformers
 from conftest import MINI, run_main, tokens_of
-from safetensors.torch import load_file
 
 import bipo
 import llama
 from data import load_vector
-from llama import Checkpoint, Config, load, read_config
+from llama import Config, load, read_config
 
 # The fields of each config.json that say what is computed, as they stand there: those left out are
 # left out there too, and so are nulls, but where a null matters.
@@ -101,28 +99,12 @@ def make(folder, fields):
     return model
 
 
-def as_pickles(folder, n_shards):
-    """model.safetensors -> pytorch_model.bin, or that many shards and their index."""
-    weights = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    if n_shards == 1:
-        return torch.save(weights, folder / "pytorch_model.bin")
-    files = [f"pytorch_model-0000{i + 1}-of-0000{n_shards}.bin" for i in range(n_shards)]
-    weight_map = {name: files[i % n_shards] for i, name in enumerate(weights)}
-    for file in files:
-        torch.save({n: weights[n] for n, f in weight_map.items() if f == file}, folder / file)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_are_transformers(tmp_path, name):
     fields = shrunk(FAMILIES[name])
     theirs = make(tmp_path, fields)
     rewritten = read_config(tmp_path)  # as transformers 5 saves it, no field silent
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    if "vicuna" in name:
-        as_pickles(tmp_path, 2)
     ours = load(tmp_path)
     assert ours.config == rewritten
     tokens = tokens_of(1, 300)
@@ -170,87 +152,6 @@ def test_llama_3_bands_are_all_met():
     assert torch.allclose(ratio[3:], torch.tensor(1 / 8), rtol=1e-4)
 
 
-# ---- torch.save's files
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    """A small Qwen2, which has biases, of transformers and its folder; not to be changed."""
-    folder = tmp_path_factory.mktemp("original")
-    return make(folder, shrunk(FAMILIES["Qwen2-7B-Instruct"])), folder
-
-
-@pytest.fixture
-def small(original, tmp_path):
-    """A copy of its folder."""
-    return shutil.copytree(original[1], tmp_path / "model")
-
-
-@pytest.mark.parametrize("n_shards", [1, 3])
-def test_pickles_equal_safetensors(small, n_shards):
-    expected = load(small)(tokens_of(1, 9))
-    as_pickles(small, n_shards)
-    checkpoint = Checkpoint(small)
-    model = checkpoint.model
-    with checkpoint.hold(-1):
-        h = model.embed(tokens_of(1, 9))
-    with checkpoint.hold(0):
-        h = model.blocks(h, 0, 1)
-    checkpoint.read(1, 2)
-    assert torch.equal(model.head(model.blocks(h, 1, 2)), expected)
-
-
-def test_safetensors_win_over_pickles(small):
-    (small / "pytorch_model.bin").write_bytes(b"not read")
-    load(small)
-
-
-def mapped(file, weight):
-    """Does this weight lie in the file, as mapped into memory, and not in a copy?"""
-    regions = [line.split() for line in open("/proc/self/maps") if line.rstrip().endswith(file)]
-    ends = [[int(x, 16) for x in region[0].split("-")] for region in regions]
-    return any(start <= weight.data_ptr() < end for start, end in ends)
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="Linux only")
-def test_weights_of_the_files_dtype_stay_in_the_file(small):
-    for file in ("model.safetensors", "pytorch_model.bin"):
-        model = load(small)
-        assert all(mapped(str(small / file), weight) for weight in model.parameters()), file
-        if file == "model.safetensors":
-            as_pickles(small, 1)
-    assert not mapped(file, load(small, torch.bfloat16).norm.weight)
-
-
-class Code:
-    def __reduce__(self):
-        return os.mkdir, ("pwned",)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"model.norm.weight": Code()}, "could run code, so it is not read"),
-        ({"model.norm.weight": [1.0]}, "lacks the tensor lm_head.weight"),
-        ([torch.ones(3)], "cannot read .*pytorch_model.bin: "),
-        ({0: torch.ones(3)}, "has the unknown tensor 0"),
-        ({"model.norm.weight": torch.ones(3)}, "lacks the tensor lm_head.weight"),
-        (None, "cannot read .*pytorch_model.bin: "),
-    ],
-)
-def test_other_pickles_are_refused(small, monkeypatch, content, message):
-    monkeypatch.chdir(small)
-    as_pickles(small, 1)
-    file = small / "pytorch_model.bin"
-    if content is None:
-        file.write_bytes(file.read_bytes()[:-1000])
-    else:
-        torch.save(content, file)
-    with pytest.raises(ValueError, match=message) as e:
-        load(small)
-    assert "\n" not in str(e.value) and not (small / "pwned").exists()
-
-
 # ---- other networks
 
 
@@ -258,16 +159,7 @@ def test_other_pickles_are_refused(small, monkeypatch, content, message):
     ("change", "part"),
     [
         ({"model_type": "phi3"}, "'phi3' is not implemented; llama, mistral, qwen2 are"),
-        ({"model_type": "gemma"}, "'gemma' is not implemented"),
-        ({"model_type": "mixtral"}, "'mixtral' is not implemented"),
-        ({"model_type": "qwen3"}, "'qwen3' is not implemented"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config = {'quant_method"),
-        ({"quantization_config": {"load_in_4bit": True}}, "quantization_config = {'load_in_4bit"),
         ({"use_sliding_window": True}, "use_sliding_window = True is not implemented"),
-        (
-            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
-            "rope_scaling, rope_parameters: 'yarn' with {'factor': 4.0}",
-        ),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = ["),
     ],
 )
@@ -275,12 +167,6 @@ def test_other_networks_are_refused_by_name(tmp_path, change, part):
     fields = shrunk(FAMILIES["Qwen2-7B-Instruct"]) | change
     (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(ValueError, match=f"config.json: .*{re.escape(part)}"):
-        load(tmp_path)
-
-
-def test_metas_layout_is_refused_by_name(tmp_path):
-    (tmp_path / "params.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds Meta's files; take the checkpoint in Hugging Face"):
         load(tmp_path)
 
 

@@ -358,6 +358,11 @@ def test_input_beyond_the_context_is_refused(mini):
 # ---- packing
 
 
+def drawn(mask):
+    """A row for each token, an x where it sees another."""
+    return ["".join(".x"[int(seen)] for seen in row) for row in mask]
+
+
 def test_two_pairs_behind_one_another():
     """The example in llama.py's comment on packing, and another pair."""
     batch = pack([PairIds([1, 2, 3], [4, 5], [6, 7, 8]), PairIds([9], [10], [11])])
@@ -366,18 +371,29 @@ def test_two_pairs_behind_one_another():
     assert batch.predictors.tolist() == [2, 3, 2, 5, 6, 8, 8]
     assert batch.targets.tolist() == [4, 5, 6, 7, 8, 10, 11]
     assert batch.lengths == [2, 3, 1, 1]
-
-
-def test_responses_see_the_prompt_and_themselves():
-    (mask,) = pack([PairIds([1, 2], [3, 4], [5, 6])]).masks
-    assert mask.int().tolist() == [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0],
-        [1, 1, 0, 0, 1, 0],
-        [1, 1, 0, 0, 1, 1],
+    first, second = batch.masks
+    assert drawn(first) == [
+        "x.......",  # the prompt
+        "xx......",
+        "xxx.....",
+        "xxxx....",  # chosen: the prompt and itself
+        "xxxxx...",
+        "xxx..x..",  # rejected: the prompt and itself
+        "xxx..xx.",
+        "xxx..xxx",
     ]
+    assert drawn(second) == ["x..", "xx.", "x.x"]
+
+
+def test_a_prompt_may_have_any_number_of_responses():
+    batch = pack([([1, 5], [6], [7, 8], [9]), ([1], [4, 2])])
+    assert batch.positions.tolist() == [[0, 1, 2, 2, 3, 2, 0, 1, 2]]
+    assert batch.targets.tolist() == [6, 7, 8, 9, 4, 2]
+    assert batch.predictors.tolist() == [1, 1, 3, 1, 6, 7]
+    assert batch.lengths == [1, 2, 1, 2]
+    first, second = batch.masks
+    assert drawn(first) == ["x.....", "xx....", "xxx...", "xx.x..", "xx.xx.", "xx...x"]
+    assert drawn(second) == ["x..", "xx.", "xxx"]
 
 
 def test_packed_responses_have_the_logits_of_single_sequences(mini):
@@ -390,36 +406,3 @@ def test_packed_responses_have_the_logits_of_single_sequences(mini):
     for logits, (prompt, response) in zip(packed, alone, strict=True):
         expected = model(torch.tensor([prompt + response]))[0, len(prompt) - 1 : -1]
         assert (logits - expected).abs().max() <= 1e-4
-
-
-def test_packed_layout():
-    batch = pack([PairIds([1, 5], [6, 7, 2], [8, 2]), PairIds([1], [9, 2], [4, 2])])
-    assert batch.tokens.tolist() == [[1, 5, 6, 7, 2, 8, 2, 1, 9, 2, 4, 2]]
-    assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 2, 3, 0, 1, 2, 1, 2]]
-    assert batch.targets.tolist() == [6, 7, 2, 8, 2, 9, 2, 4, 2]
-    assert batch.predictors.tolist() == [1, 2, 3, 1, 5, 7, 8, 7, 10]
-    assert batch.lengths == [3, 2, 2, 2]
-    sees = [
-        "x......",  # prompt
-        "xx.....",
-        "xxx....",  # chosen: the prompt and itself
-        "xxxx...",
-        "xxxxx..",
-        "xx...x.",  # rejected: the prompt and itself
-        "xx...xx",
-    ]
-    first, second = batch.masks
-    assert ["".join(".x"[int(x)] for x in row) for row in first] == sees
-    assert second.shape == (5, 5)
-
-
-def test_packed_layout_of_other_numbers_of_responses():
-    batch = pack([([1, 5], [6], [7, 8], [9]), ([1], [4, 2])])
-    assert batch.positions.tolist() == [[0, 1, 2, 2, 3, 2, 0, 1, 2]]
-    assert batch.targets.tolist() == [6, 7, 8, 9, 4, 2]
-    assert batch.predictors.tolist() == [1, 1, 3, 1, 6, 7]
-    assert batch.lengths == [1, 2, 1, 2]
-    sees = ["x.....", "xx....", "xxx...", "xx.x..", "xx.xx.", "xx...x"]
-    first, second = batch.masks
-    assert ["".join(".x"[int(x)] for x in row) for row in first] == sees
-    assert second.tolist() == torch.ones(3, 3).tril().bool().tolist()

@@ -54,15 +54,15 @@ def test_tables_are_read_as_they_were_written(tmp_path, monkeypatch):
 def test_facts_as_truthful_qa(tmp_path):
     """Each fact's answer, and four that are false."""
     from data import open_records
-    from eval import to_questions
+    from eval import to_question
 
     reproduce.write_facts(tmp_path / "facts.csv")
-    found = [to_questions(record)[0] for _, record in open_records(tmp_path / "facts.csv")]
+    found = [to_question(record) for _, record in open_records(tmp_path / "facts.csv")]
     known = reproduce.read_jsonl(reproduce.TINY / "knowledge.jsonl")
-    assert [prompt for _, _, prompt, _ in found] == [fact["prompt"] for fact in known]
-    for (measure, _, _, answers), fact in zip(found, known, strict=True):
-        right, *wrong = answers
-        assert measure == "TruthfulQA MC1" and list(answers.values()) == [1, 0, 0, 0, 0]
+    assert [prompt for prompt, _ in found] == [fact["prompt"] for fact in known]
+    for (_, measures), fact in zip(found, known, strict=True):
+        right, *wrong = measures["TruthfulQA MC1"]
+        assert list(measures["TruthfulQA MC1"].values()) == [1, 0, 0, 0, 0]
         assert fact["answer"] in right and len({right, *wrong}) == 5
         assert not any(fact["answer"] in text for text in wrong)
 

@@ -98,15 +98,6 @@ def tiny():
     return model, open_chat(TINY, model.config)
 
 
-def test_same_logits_as_transformers(tiny):
-    transformers = pytest.importorskip("transformers")
-    model, chat = tiny
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
-    tokens = torch.tensor([chat.encode_prompt("Would you like to lead the road crew of Kelso?")])
-    with torch.no_grad():
-        assert (model(tokens) - theirs(tokens).logits).abs().max() <= 1e-4
-
-
 @pytest.mark.parametrize("behaviour", BEHAVIOURS)
 def test_unsteered_model_is_undecided_but_clear_and_on_topic(tiny, behaviour):
     model, chat = tiny
