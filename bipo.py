@@ -29,6 +29,8 @@ import json
 import math
 import os
 import random
+import shlex
+import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -396,8 +398,10 @@ LOG = "log.jsonl"
 LAYER_HELP = "the block that v is added after, from 0; of --method gradient also several, or all"
 METHOD_HELP = "positive: always d = +1; gradient: one backward pass instead of training"
 SAVE_EVERY = 20  # steps between two saves of what --resume reads; an epoch's end saves it too
-PROGRESS = "loss {loss:.4f}  lr {lr:.1e}  |v| {v_norm:.3f}"
+HELD_OUT_PAIRS = "held_out.jsonl"
+PROGRESS = "loss {loss:.4f}  lr {lr:.1e}  |v| "
 HELD_OUT = "d {:+d}: loss {loss:.4f}, margin {margin:+6.2f} nats, accuracy {accuracy:4.0%}"
+ACCURACY = "accuracy: the share of held-out pairs that moved in the right direction, however little"
 
 
 def join_torchrun(args):
@@ -416,14 +420,26 @@ def join_torchrun(args):
     return rank, n_processes
 
 
-def recipe_of(args):
-    """The preset, in which the flags that were given replace what it says."""
+def recipe_of(args, n_pairs):
+    """The preset, in which the flags that were given replace what it says. The warm-up of a short
+    run is a tenth of its steps, unless it was given."""
     given = {}
     for f in fields(Recipe):
         value = getattr(args, f.name)
         if value is not None:
             given[f.name] = value
-    return replace(PRESETS[args.preset or "paper"], **given)
+
+    recipe = replace(PRESETS[args.preset or "paper"], **given)
+    if args.warmup_steps is None and args.preset != "official":
+        tenth = steps_of(recipe, n_pairs) // 10
+        if tenth < recipe.warmup_steps:
+            print(f"note: {tenth} warm-up steps, a tenth of the run; the paper has 100")
+            recipe = replace(recipe, warmup_steps=tenth)
+    return recipe
+
+
+def steps_of(recipe, n_pairs):
+    return recipe.epochs * math.ceil(n_pairs / recipe.batch_size)
 
 
 def check_flags(args):
@@ -459,6 +475,8 @@ class PairSets(NamedTuple):
     held_out: list[PairIds]
     sources: list[str]  # "file:line" of each training pair
     description: str  # for the vector's metadata
+    hashes: str  # of the training pairs, for the same
+    split_off: list[dict]  # the records of the held-out pairs, if they are not from --val
 
 
 def read_sets(args, chat, max_seq_len):
@@ -485,8 +503,14 @@ def read_sets(args, chat, max_seq_len):
     held_out_ids = [ids_of[pair] for pair in held_out]
     digest = hashlib.sha256(str(training_ids + held_out_ids).encode()).hexdigest()[:12]
     counts = f"{len(training)} pairs of {args.data}, held out {len(held_out)} {origin}"
-    sources = [pair.source for pair in training]
-    return PairSets(training_ids, held_out_ids, sources, f"{counts}, ids {digest}")
+    return PairSets(
+        training=training_ids,
+        held_out=held_out_ids,
+        sources=[pair.source for pair in training],
+        description=f"{counts}, ids {digest}",
+        hashes=" ".join(data.pair_hash(pair) for pair in training),
+        split_off=[] if args.val else [data.record_of(pair) for pair in held_out],
+    )
 
 
 @contextmanager
@@ -534,7 +558,7 @@ class RunSoFar(NamedTuple):
 def check_out(out, args):
     """Raises ValueError if `out` cannot be written, or holds a run that is neither resumed nor
     replaced."""
-    for name in (VECTOR, STATE, LOG):
+    for name in (VECTOR, STATE, LOG, HELD_OUT_PAIRS):
         data.check_output(out / name)
     holds_run = (out / VECTOR).exists() or (out / STATE).exists()
     if holds_run and not (args.resume or args.overwrite):
@@ -549,10 +573,15 @@ def open_run(out, settings, dim, resume):
         return RunSoFar(0, state, [json.dumps(settings)])
 
     state_rows, saved = data.load_vector(out / STATE)
-    for name, value in settings.items():
-        if saved.get(name) != value:
-            other = f"{out} holds a run with {name} {saved.get(name)}, not {value}"
-            raise ValueError(f"{other}; --overwrite without --resume replaces it")
+    ours = settings | json.loads(settings["recipe"])
+    theirs = saved | json.loads(saved.get("recipe", "{}"))
+    names = [name for name in ours if ours[name] != theirs.get(name)]
+    names = [name for name in names if name not in ("recipe", "pairs")]  # said by others of these
+    if names:
+        others = ", ".join(f"{name} {theirs.get(name)}, not {ours[name]}" for name in names)
+        if names == ["epochs"]:
+            others += f" (its schedule ends after {theirs['epochs']})"
+        raise ValueError(f"{out} holds a run with {others}; --overwrite instead replaces it")
     steps_done = int(saved["step"])
     log_rows = (out / LOG).read_text(encoding="utf-8").splitlines()
     if len(log_rows) <= steps_done:
@@ -575,9 +604,9 @@ def save_state(out, settings, steps_done, state):
     data.save_vector(out / STATE, dict(enumerate(state)), settings | {"step": str(steps_done)})
 
 
-def save_steps(steps, out, layer, settings, n_steps, so_far):
+def save_steps(steps, out, layer, settings, n_steps, so_far, norm):
     """Go through the Steps of `train`: log each, save v after each epoch, and save what --resume
-    reads every SAVE_EVERY steps and when the run is interrupted."""
+    reads every SAVE_EVERY steps and when the run is interrupted. norm: |h|, see `stream_norm`."""
     progress = data.Progress("step", start=so_far.steps_done)
     last = (so_far.steps_done, so_far.state)
     try:
@@ -586,7 +615,7 @@ def save_steps(steps, out, layer, settings, n_steps, so_far):
             row["v_norm"] = step.v.norm().item()
             with open(out / LOG, "a", encoding="utf-8") as log:
                 print(json.dumps(row), file=log)
-            progress(step.step, n_steps, PROGRESS.format(**row))
+            progress(step.step, n_steps, PROGRESS.format(**row) + scale_of(step.v, norm))
 
             if step.held_out:
                 print_held_out(f"epoch {step.epoch:2}  held out", step.held_out)
@@ -601,6 +630,7 @@ def save_steps(steps, out, layer, settings, n_steps, so_far):
         save_state(out, settings, *last)
         e.add_note(f"the same command with --resume --out {out} goes on after step {last[0]}")
         raise
+    print(ACCURACY)
     print(f"saved {VECTOR}, a file an epoch and {LOG} in {out}")
 
 
@@ -611,6 +641,7 @@ class Setup(NamedTuple):
     out: Path
     settings: dict[str, str]  # printed, and saved as the metadata of the vectors
     sets: PairSets
+    recipe: Recipe | None  # None: --method gradient
     checkpoint: Checkpoint
     rank: int  # of this process
     n_processes: int
@@ -644,15 +675,18 @@ def set_up(args):
         "device": opened.device.type,
         "dtype": str(opened.dtype).removeprefix("torch."),
     }
+    recipe = None
     if args.method == "gradient":
         settings["unit"] = "multiplier 1 moves the mean margin by one nat, to first order"
     else:
+        recipe = recipe_of(args, len(sets.training))
         settings["preset"] = args.preset or "paper"
-        settings["recipe"] = json.dumps(asdict(recipe_of(args)))
+        settings["recipe"] = json.dumps(asdict(recipe))
     for name, value in settings.items():
         print(f"{name:10}  {value}".rstrip())
+    settings["pairs"] = sets.hashes
     out = args.out or default_out(args)
-    return Setup(layers, out, settings, sets, checkpoint, rank, n_processes)
+    return Setup(layers, out, settings, sets, recipe, checkpoint, rank, n_processes)
 
 
 def run(args):
@@ -661,9 +695,27 @@ def run(args):
         if setup.rank == 0:
             check_out(setup.out, args)
         if args.method == "gradient":
-            run_gradient(setup)
+            layer = run_gradient(setup)
         else:
-            run_training(args, setup)
+            layer = run_training(args, setup)
+        if setup.rank == 0:
+            say_what_next(args, setup, layer)
+
+
+def say_what_next(args, setup, layer):
+    """Write the pairs that were held out, and print the command that measures v on them."""
+    held_out = args.val
+    if not held_out:
+        held_out = setup.out / HELD_OUT_PAIRS
+        lines = [json.dumps(record, ensure_ascii=False) for record in setup.sets.split_off]
+        data.write_text(held_out, "".join(f"{line}\n" for line in lines))
+        print(f"saved the held-out pairs: {held_out}")
+
+    command = ["python", "eval.py", "--model", args.model, "--vector", setup.out]
+    if len(setup.layers) > 1:
+        command += ["--layer", layer]
+    command += ["--data", held_out, "--pairs", args.data, "--baseline", "gradient"]
+    print(f"next: {shlex.join(str(word) for word in command)}")
 
 
 def cache_pairs(setup):
@@ -685,15 +737,20 @@ def cache_pairs(setup):
 
 
 def run_training(args, setup):
-    """Learn the vector as Algorithm 1 does, and save it after each epoch."""
+    """Learn the vector as Algorithm 1 does, and save it after each epoch. Returns its layer."""
     (layer,) = setup.layers
-    recipe = recipe_of(args)
-    n_steps = recipe.epochs * math.ceil(len(setup.sets.training) / recipe.batch_size)
+    recipe = setup.recipe
+    n_steps = steps_of(recipe, len(setup.sets.training))
     if recipe.warmup_steps >= n_steps:
         print(f"note: all {n_steps} steps are warm-up; lower --warmup-steps below that")
     model = setup.checkpoint.model
     so_far = open_run(setup.out, setup.settings, model.config.dim, args.resume)
     pairs, held_out = cache_pairs(setup)
+    pairs_here = [pair for pair in pairs if pair]
+    norm = stream_norm(pairs_here)
+    print(f"|h| {norm:.2f}, the median norm of the residual stream after block {layer}")
+    seconds = step_seconds(model, layer, pairs_here, recipe.batch_size / setup.n_processes)
+    print(f"{n_steps} steps, about {data.duration(seconds * (n_steps - so_far.steps_done))}")
 
     steps = train(
         model,
@@ -708,10 +765,22 @@ def run_training(args, setup):
     )
     if setup.rank == 0:
         start_run(setup.out, so_far)  # under --overwrite the old vector stays until here
-        save_steps(steps, setup.out, layer, setup.settings, n_steps, so_far)
+        settings = setup.settings | {"stream_norms": json.dumps({layer: norm})}
+        save_steps(steps, setup.out, layer, settings, n_steps, so_far, norm)
     else:
         for _ in steps:
             pass
+    return layer
+
+
+def step_seconds(model, layer, pairs, batch_size):
+    """How long a step takes, by the second of two that are thrown away."""
+    v = torch.zeros(model.config.dim, device=model.device, requires_grad=True)
+    batch = pairs[: math.ceil(batch_size)]
+    for _ in range(2):
+        began = time.time()
+        backward(model, layer, v, 1, batch, PAPER.beta, split=False)
+    return time.time() - began
 
 
 # ---- One backward pass: --method gradient
@@ -761,7 +830,8 @@ def pass_at_layers(model, layers, ids, what):
 
 
 def run_gradient(setup):
-    """Save v = g / |g|^2 at each layer, and print how it does on the held-out pairs."""
+    """Save v = g / |g|^2 at each layer, and print how it does on the held-out pairs. Returns the
+    layer, of several the one to try first."""
     model = setup.checkpoint.model
     layers = setup.layers
     split = setup.n_processes > 1
@@ -786,14 +856,17 @@ def run_gradient(setup):
 
     norms = dict(zip(layers, one_pass.stream_norms, strict=True))
     if len(layers) == 1:
-        print(f"|g| {g.norm():.3f} nats per unit  |v| {scale_of(v[0], norms[layers[0]])}")
+        best = layers[0]
+        print(f"|g| {g.norm():.3f} nats per unit  |v| {scale_of(v[0], norms[best])}")
         print(f"{agreement[0]:.0%} of the pairs pull in the direction of the others")
-        print_held_out("held out", evaluate(model, layers[0], v[0], held_out, PAPER.beta, split))
+        print_held_out("held out", evaluate(model, best, v[0], held_out, PAPER.beta, split))
+        print(ACCURACY)
     else:
         held_out = pass_at_layers(model, layers, setup.sets.held_out[share], "held-out pairs")
         margins = (held_out.gradients * v[:, None]).sum(-1)  # (layers, N), to first order
         sums = torch.stack([margins.sum(1), (margins > 0).sum(1)])
-        print_layers(layers, v, norms, agreement, summed(sums, split) / len(setup.sets.held_out))
+        sums = summed(sums, split) / len(setup.sets.held_out)
+        best = print_layers(layers, v, norms, agreement, sums)
 
     if setup.rank == 0:
         more = {"stream_norms": json.dumps(norms)}
@@ -803,11 +876,15 @@ def run_gradient(setup):
             setup.out / VECTOR, dict(zip(layers, v, strict=True)), setup.settings | more
         )
         print(f"saved {setup.out / VECTOR}")
+    return best
 
 
 def print_layers(layers, v, norms, agreement, held_out):
-    """One row a layer, and which to try first. held_out: (2, layers), the mean margin in nats at
-    multiplier 1 and the share of pairs that v moves the right way, both to first order."""
+    """Print one row a layer, and which layer to try first, which is returned.
+
+    held_out: (2, layers), the mean margin in nats at multiplier 1 and the share of pairs that v
+        moves the right way, both to first order.
+    """
     print("layer      |v|      |h|  |v|/|h|  agreement  held-out margin  moved right")
     ratios = {}
     for i, layer in enumerate(layers):
@@ -817,6 +894,7 @@ def print_layers(layers, v, norms, agreement, held_out):
         print(f"{sizes} {agreement[i]:10.0%} {margin:+16.2f} {moved_right:12.0%}")
     best = min(ratios, key=ratios.get)
     print(f"layer {best} has the smallest |v|/|h|: try it first")
+    return best
 
 
 def main(argv=None):

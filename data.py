@@ -869,6 +869,31 @@ def open_model(args):
     return OpenModel(path, name, config, chat, *pick_device(args.device, args.dtype))
 
 
+def duration(seconds):
+    """45 s, 12 min or 3.1 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def messages(prompt):
+    turns = [("user", prompt)] if isinstance(prompt, str) else prompt
+    return [{"role": role, "content": text} for role, text in turns]
+
+
+def record_of(pair):
+    """The pair as a record that `read_pairs` reads."""
+    return {"prompt": messages(pair.prompt), "chosen": pair.chosen, "rejected": pair.rejected}
+
+
+def pair_hash(pair):
+    """What tells a pair from others: the beginning of the SHA-256 of its texts."""
+    texts = (pair.prompt, pair.chosen, pair.rejected)
+    return hashlib.sha256(repr(texts).encode()).hexdigest()[:8]
+
+
 class OpenModel(NamedTuple):
     path: Path
     name: str

@@ -18,8 +18,9 @@ import json
 import math
 import pickle
 import warnings
+from collections.abc import Collection
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,10 +28,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Config:
+    """The sizes of a model. Raises ValueError for values that no model has."""
+
     dim: int  # width of the residual stream
     n_layers: int
     n_heads: int
@@ -47,17 +51,22 @@ class Config:
     family: str = "llama"  # a key of FAMILIES
 
     def __post_init__(self):
-        limits = {int: 10**7, float: math.inf}  # far above any model's
-        for name, value in asdict(self).items():
-            kind = type(self).__annotations__[name]
-            limit = 1000 if name == "n_layers" else limits.get(kind)
-            if type(value) is not kind or (limit and not 0 < value < limit):
+        limits = {int: 10**7, float: math.inf}  # numbers lie between 0 and these
+        for name, kind in type(self).__annotations__.items():
+            value = getattr(self, name)
+            if type(value) is not kind or (kind in limits and not 0 < value < limits[kind]):
                 raise ValueError(f"{name} = {value!r} is not a possible {kind.__name__}")
+        if self.n_layers > 1000:  # as many objects would be made before any weight is read
+            raise ValueError(f"n_layers = {self.n_layers} is more than 1000")
+
         if self.n_heads % self.n_kv_heads or self.head_dim % 2:
             raise ValueError(f"n_kv_heads must divide n_heads, and head_dim be even: {self}")
-        low, high = self.rope_scaling[1:3] or (1, 2)
-        if not all(0 < x < math.inf for x in self.rope_scaling) or low >= high:
-            raise ValueError(f"rope_scaling {self.rope_scaling} needs numbers > 0 and low < high")
+        if not all(0 < number < math.inf for number in self.rope_scaling):
+            raise ValueError(f"rope_scaling {self.rope_scaling} needs numbers > 0")
+        if len(self.rope_scaling) == 4:
+            _, low, high, _ = self.rope_scaling
+            if low >= high:
+                raise ValueError(f"rope_scaling {self.rope_scaling} needs low < high")
 
 
 # ---- The network ---------------------------------------------------------------------------------
@@ -80,33 +89,60 @@ class RMSNorm(nn.Module):
         return y.type_as(x) * self.weight  # cast, then scale: transformers' order
 
 
+def rope_frequencies(config, dtype, device):
+    """By how many radians a position turns each pair of channels, (D / 2,)."""
+    channel = torch.arange(0, config.head_dim, 2, device=device)
+    frequency = 1.0 / config.rope_theta ** (channel.to(dtype) / config.head_dim)
+
+    # 1. rope_type "linear": every frequency is divided by the factor.
+    if len(config.rope_scaling) == 1:
+        (factor,) = config.rope_scaling
+        return frequency / factor
+
+    # 2. "llama3": a frequency is divided if it makes fewer than `low` turns within the first
+    # context, kept if it makes more than `high`, and mixed from both in between.
+    if len(config.rope_scaling) == 4:
+        factor, low, high, first_context = config.rope_scaling
+        turns = frequency * first_context / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return kept * frequency + (1 - kept) * frequency / factor
+
+    # 3. "default": no scaling.
+    return frequency
+
+
 def rope_tables(positions, config, dtype):
-    """cos and sin of -angle | angle = position * frequency, (..., T) -> (..., 1, T, D) in `dtype`.
-    They are made anew in each pass, because `.to(torch.bfloat16)` would round a stored table."""
-    D, scaling = config.head_dim, config.rope_scaling
-    channel = torch.arange(0, D, 2, device=positions.device)
-    frequency = 1.0 / config.rope_theta ** (channel.to(dtype) / D)
-    if len(scaling) == 1:  # rope_type "linear": every frequency is divided by the factor
-        frequency = frequency / scaling[0]
-    if len(scaling) == 4:  # "llama3": only those that turn seldom within the first context are
-        factor, low, high, length = scaling
-        kept = ((frequency * length / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-        frequency = kept * frequency + (1 - kept) * frequency / factor
-    angle = positions[..., None] * frequency
-    angle = torch.cat((-angle, angle), dim=-1).unsqueeze(-3)
+    """cos and sin for `rotate`: positions (..., T) -> two tables (..., 1, T, D) in `dtype`. They
+    are made anew in each pass, because `.to(torch.bfloat16)` would round a stored table."""
+    frequency = rope_frequencies(config, dtype, positions.device)
+    angle = positions[..., None] * frequency  # (..., T, D / 2)
+    angle = torch.cat((-angle, angle), dim=-1)  # (..., T, D); the minus is for the sine
+    angle = angle.unsqueeze(-3)  # (..., 1, T, D), the same for all heads
     return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
-    """Turn channel i with channel i + D/2: Hugging Face's layout (Meta's files: 2i with 2i + 1)."""
+    """Turn channels i and i + D/2, (a, b) -> (a cos - b sin, b cos + a sin). That is Hugging Face's
+    layout; Meta's own files pair channels 2i and 2i + 1. The first half of `sin` has the minus."""
     y = x.to(cos.dtype)
     return (y * cos + y.roll(y.shape[-1] // 2, -1) * sin).type_as(x)
 
 
 def attend(xq, xk, xv, mask):
     """(B, H, T, D), (B, K, S, D) twice -> (B, H, T, D); causal if mask is None."""
-    causal, grouped = mask is None and xq.shape[2] > 1, xk.shape[1] < xq.shape[1]
+    causal = mask is None and xq.shape[2] > 1  # a single new token sees all keys
+    grouped = xk.shape[1] < xq.shape[1]
     return F.scaled_dot_product_attention(xq, xk, xv, mask, is_causal=causal, enable_gqa=grouped)
+
+
+def attend_packed(xq, xk, xv, masks):
+    """`attend` for packed pairs, which do not see each other: one attention each, by its mask."""
+    sizes = [len(mask) for mask in masks]
+    queries = xq.split(sizes, dim=2)
+    keys = xk.split(sizes, dim=2)
+    values = xv.split(sizes, dim=2)
+    pairs = zip(queries, keys, values, masks, strict=True)
+    return torch.cat([attend(q, k, v, mask.to(q.device)) for q, k, v, mask in pairs], dim=2)
 
 
 class Attention(nn.Module):
@@ -119,18 +155,24 @@ class Attention(nn.Module):
         self.wo = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
 
     def forward(self, x, cos, sin, mask, cache, layer):
-        heads = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        xq, xk, xv = (each.transpose(1, 2) for each in heads)  # (B, H, T, D), (B, K, T, D) twice
-        xq, xk = rotate(xq, cos, sin), rotate(xk, cos, sin)
+        xq = self.split_heads(self.wq(x))  # (B, H, T, D)
+        xk = self.split_heads(self.wk(x))  # (B, K, T, D)
+        xv = self.split_heads(self.wv(x))  # (B, K, T, D)
+
+        xq = rotate(xq, cos, sin)
+        xk = rotate(xk, cos, sin)
         if cache:
             xk, xv = cache.extend(layer, xk, xv)  # (B, K, S, D)
-        if isinstance(mask, list):  # packed pairs do not see each other: one attention each
-            sizes = [len(pair_mask) for pair_mask in mask]
-            pairs = zip(*(x.split(sizes, dim=2) for x in (xq, xk, xv)), mask, strict=True)
-            out = torch.cat([attend(q, k, v, m.to(x.device)) for q, k, v, m in pairs], dim=2)
+
+        if isinstance(mask, list):
+            out = attend_packed(xq, xk, xv, mask)
         else:
             out = attend(xq, xk, xv, mask)
         return self.wo(out.transpose(1, 2).flatten(-2))  # (B, T, dim)
+
+    def split_heads(self, x):
+        """(B, T, heads * D) -> (B, heads, T, D)."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -157,7 +199,7 @@ class Block(nn.Module):
         return h + self.feed_forward(self.ffn_norm(h))
 
 
-def add_vector(h, v):
+def add_vector(h: Tensor, v: Tensor) -> Tensor:
     """The slot: the residual stream h (B, T, dim) steered by v, which is broadcast to its shape. An
     fp32 vector is added to a 16-bit stream in fp32."""
     return (h + v).type_as(h)
@@ -170,13 +212,21 @@ class KVCache:
     def __init__(self, model, batch_size, max_len):
         c = model.config
         shape = (2, c.n_layers, batch_size, c.n_kv_heads, max_len, c.head_dim)
-        self.kv, self.length = model.norm.weight.new_zeros(shape), 0  # finite where masked
+        # Zeros, because attention multiplies what is masked by 0, and 0 times NaN would be NaN.
+        self.kv = torch.zeros(shape, dtype=model.norm.weight.dtype, device=model.device)
+        self.length = 0
 
     def extend(self, layer, xk, xv):
-        """Append (B, K, T, D) twice at `length`; returns all so far, (2, B, K, S, D)."""
-        kv = self.kv[:, layer, :, :, : self.length + xk.shape[2]]
-        kv[:, :, :, self.length :] = torch.stack((xk, xv))
-        return kv
+        """Append a layer's keys and values of T new tokens, (B, K, T, D) each. Returns those of all
+        tokens so far, (2, B, K, S, D). `length` grows when the last layer has appended."""
+        new_length = self.length + xk.shape[2]
+        filled = self.kv[:, layer, :, :, :new_length]  # a view
+        filled[:, :, :, self.length :] = torch.stack((xk, xv))
+
+        n_layers = self.kv.shape[1]
+        if layer == n_layers - 1:
+            self.length = new_length
+        return filled
 
     def take(self, rows):
         """Go on with the rows of these numbers, in this order; one may be taken several times."""
@@ -184,7 +234,7 @@ class KVCache:
 
 
 class Llama(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: Config):
         super().__init__()
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
@@ -195,55 +245,60 @@ class Llama(nn.Module):
 
     @property
     def device(self):
-        """Where the weights are. Those not yet read, see Checkpoint, are nowhere."""
+        """The device of the weights that have been read, see Checkpoint."""
         return next(w.device for w in self.parameters() if not w.is_meta)
 
-    def embed(self, tokens):
+    def embed(self, tokens: Tensor) -> Tensor:
         """Token ids (B, T) -> the residual stream before block 0, (B, T, dim)."""
         return self.tok_embeddings(tokens)
 
-    def blocks(self, h, start, stop, positions=None, mask=None, cache=None, steer=None):
+    def blocks(self, h, start, stop, positions=None, mask=None, cache=None, steer=None) -> Tensor:
         """Run blocks start .. stop - 1 on the residual stream h, (B, T, dim) -> (B, T, dim).
 
         positions: (T,) or (B, T); by default they count on from the cache's end.
         mask: bool, broadcastable to (B, H, T, S), True where a query sees a key; causal by default.
             Or a list of square masks, as `pack` makes them: T is cut into pieces of their sizes,
             which do not see each other.
-        cache: a KVCache, read and extended; the last block advances its length.
+        cache: a KVCache, read and extended.
         steer: {layer: v broadcastable to (B, T, dim)}; layers that are not run are left out.
         """
-        past, T, device = cache.length if cache else 0, h.shape[1], h.device
+        T = h.shape[1]
+        past = cache.length if cache else 0
         if positions is None:
             positions = torch.arange(past, past + T, device=h.device)
-        if mask is None and past and T > 1:  # query i stands at past + i and sees keys up to there
+        if mask is None and past and T > 1:
+            # New token i stands at past + i and sees the keys up to there.
             mask = torch.ones(T, past + T, dtype=torch.bool, device=h.device).tril(past)
         cos, sin = rope_tables(positions, self.config, wide(h.dtype))
+
+        # Blocks may lie on several devices, see `place`; the stream goes along and comes back.
+        home = h.device
         for i in range(start, stop):
-            where = self.layers[i].ffn_norm.weight.device  # the block's card, see `place`
-            h, cos, sin = h.to(where), cos.to(where), sin.to(where)
+            device = self.layers[i].ffn_norm.weight.device
+            h, cos, sin = h.to(device), cos.to(device), sin.to(device)
             h = self.layers[i](h, cos, sin, mask, cache, i)
             if steer and i in steer:
-                h = add_vector(h, steer[i].to(where))
-        if cache and stop == self.config.n_layers:
-            cache.length += T
-        return h.to(device)
+                h = add_vector(h, steer[i].to(device))
+        return h.to(home)
 
-    def head(self, h):
+    def head(self, h: Tensor) -> Tensor:
         """The residual stream after the last block (..., dim) -> logits (..., vocab_size) in fp32,
         or in fp64 in a model of fp64."""
         weight = self.tok_embeddings.weight if self.config.tied else self.output.weight
         return F.linear(self.norm(h), weight).to(wide(h.dtype))
 
-    def forward(self, tokens, positions=None, mask=None, cache=None, steer=None):
+    def forward(self, tokens: Tensor, positions=None, mask=None, cache=None, steer=None) -> Tensor:
         """Token ids (B, T) -> logits (B, T, vocab_size). For the other arguments see `blocks`.
         Raises ValueError for a layer that is not there and for input longer than the context."""
-        past, stop = cache.length if cache else 0, self.config.n_layers
+        past = cache.length if cache else 0
         check_fit(self.config, steer or {}, past + tokens.shape[1])
-        return self.head(self.blocks(self.embed(tokens), 0, stop, positions, mask, cache, steer))
+        h = self.embed(tokens)
+        h = self.blocks(h, 0, self.config.n_layers, positions, mask, cache, steer)
+        return self.head(h)
 
 
-def check_fit(config, layers, n_tokens):
-    """Raises ValueError if the model lacks one of the layers, or if its context is shorter."""
+def check_fit(config: Config, layers: Collection[int], n_tokens: int):
+    """Raises ValueError if the model lacks one of the layers or if its context is too short."""
     for layer in layers:
         if not 0 <= layer < config.n_layers:
             raise ValueError(f"no layer {layer}: the model has layers 0..{config.n_layers - 1}")
@@ -268,42 +323,61 @@ class PairIds(NamedTuple):
     rejected: list[int]
 
 
-def length(ids):
+def length(ids: PairIds) -> int:
     """Tokens of `prompt | response | response ...`, a PairIds or any tuple of lists like it."""
-    return sum(map(len, ids))
+    return sum(len(part) for part in ids)
 
 
 class Batch(NamedTuple):
     """Pairs behind one another in one row of T tokens, without padding; R response tokens."""
 
-    tokens: torch.Tensor  # (1, T)
-    positions: torch.Tensor  # (1, T)
-    masks: list[torch.Tensor]  # one a pair, square: True where a row sees a column
-    predictors: torch.Tensor  # (R,) the index in T whose output predicts the response token
-    targets: torch.Tensor  # (R,) that token
+    tokens: Tensor  # (1, T)
+    positions: Tensor  # (1, T)
+    masks: list[Tensor]  # one a pair, square: True where a row sees a column
+    predictors: Tensor  # (R,) the index in T whose output predicts the response token
+    targets: Tensor  # (R,) that token
     lengths: list[int]  # of the responses: chosen and rejected of each pair; their sum is R
 
 
-def pack(pairs, device="cpu"):
-    """PairIds -> Batch. Instead of two, there may be any number of responses to a prompt."""
-    tokens, positions, masks, predictors, targets, lengths = [], [], [], [], [], []
+def pack(pairs: Collection[PairIds], device="cpu") -> Batch:
+    """Put pairs behind one another. Instead of two, a prompt may have any number of responses."""
+    tokens, positions, masks = [], [], []
+    predictors, targets, lengths = [], [], []
     for prompt, *responses in pairs:
-        start, p, size = len(tokens), len(prompt), length([prompt, *responses])
         tokens += prompt
-        positions += range(p)
-        mask = torch.ones(size, size, dtype=torch.bool).tril()
+        positions += range(len(prompt))
+        last_of_prompt = len(tokens) - 1
+
+        # Each token is predicted by the one before it, a response's first by the prompt's last.
         for response in responses:
-            begin, n = len(tokens), len(response)
-            mask[begin - start + n :, begin - start : begin - start + n] = False  # to later ones
+            first = len(tokens)
             tokens += response
-            positions += range(p, p + n)
-            predictors += [start + p - 1, *range(begin, begin + n - 1)]  # at first the prompt's end
+            positions += range(len(prompt), len(prompt) + len(response))
+            predictors += [last_of_prompt, *range(first, len(tokens) - 1)]
             targets += response
-            lengths.append(n)
-        masks.append(mask.to(device))
-    tokens, positions = torch.tensor([tokens, positions], device=device)
-    predictors, targets = torch.tensor([predictors, targets], device=device)
-    return Batch(tokens[None], positions[None], masks, predictors, targets, lengths)
+            lengths.append(len(response))
+        masks.append(pair_mask(prompt, responses).to(device))
+
+    return Batch(
+        tokens=torch.tensor([tokens], device=device),
+        positions=torch.tensor([positions], device=device),
+        masks=masks,
+        predictors=torch.tensor(predictors, device=device),
+        targets=torch.tensor(targets, device=device),
+        lengths=lengths,
+    )
+
+
+def pair_mask(prompt, responses):
+    """Which tokens of `prompt | response | response ...` (rows) see which (columns), bool."""
+    size = length([prompt, *responses])
+    mask = torch.ones(size, size, dtype=torch.bool).tril()  # causal
+    start = len(prompt)
+    for response in responses:
+        end = start + len(response)
+        mask[end:, start:end] = False  # the responses behind this one do not see it
+        start = end
+    return mask
 
 
 # ---- Checkpoints as Hugging Face saves them ------------------------------------------------------
@@ -316,21 +390,21 @@ FAMILIES = {
     "qwen2": dict(max_position_embeddings=32768, num_key_value_heads=32),
 }
 
-CONFIG_NAMES = dict(  # ours: Hugging Face's
-    dim="hidden_size", n_layers="num_hidden_layers", norm_eps="rms_norm_eps", family="model_type",
-    n_heads="num_attention_heads", n_kv_heads="num_key_value_heads", hidden_dim="intermediate_size",
-    head_dim="head_dim", vocab_size="vocab_size", tied="tie_word_embeddings",
-)  # fmt: skip
-
 ROPE_SCALING = {  # rope_type: its numbers
     "default": [],
     "linear": ["factor"],
-    "llama3": "factor low_freq_factor high_freq_factor original_max_position_embeddings".split(),
+    "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"],
 }
 
+# Fields that may be there if they say what this file does anyway.
+IMPLEMENTED = dict(
+    hidden_act="silu", attention_bias=False, mlp_bias=False,
+    rope_interleaved=False, use_mrope=False, use_sliding_window=False,
+)  # fmt: skip
+
 # Fields that do not change what is computed here. Any other field that `parse_config` does not use
-# is refused by name, for it could mean another network. sliding_window is Mistral's alone; Qwen2's
-# is off unless use_sliding_window is set, which is refused.
+# is refused by name, because it could mean another network. sliding_window is Mistral's alone;
+# Qwen2's is off unless use_sliding_window is set, which is refused.
 INERT_FIELDS = """
     _attn_implementation_autoset _name_or_path architectures attention_dropout bos_token_id
     chunk_size_feed_forward do_sample dtype eos_token_id id2label initializer_range is_decoder
@@ -339,7 +413,6 @@ INERT_FIELDS = """
     tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
     transformers_version unk_token_id unsloth_fixed unsloth_version use_cache
 """.split()
-SWITCHED_OFF = "attention_bias mlp_bias rope_interleaved use_mrope use_sliding_window".split()
 
 HF_NAMES = dict(  # ours: Hugging Face's
     tok_embeddings="embed_tokens", output="lm_head",
@@ -349,15 +422,15 @@ HF_NAMES = dict(  # ours: Hugging Face's
 )  # fmt: skip
 
 
-def hf_name(name):
+def hf_name(name: str) -> str:
     """'layers.0.attention.wq.weight' -> 'model.layers.0.self_attn.q_proj.weight'."""
-    parts = [HF_NAMES.get(part, part) for part in name.split(".")]
-    return ".".join(parts if parts[0] == "lm_head" else ["model", *parts])
+    theirs = ".".join(HF_NAMES.get(part, part) for part in name.split("."))
+    return theirs if theirs.startswith("lm_head") else f"model.{theirs}"
 
 
-def regular(path):
-    """The path of a file that a user or a checkpoint names. Raises ValueError for a folder, a pipe
-    or a device, and for what is known to stand under other files' names."""
+def regular(path: Path) -> Path:
+    """The path of a file that a user or a checkpoint names, if it is a regular file. Raises
+    ValueError otherwise, and for what often stands under another file's name."""
     if not path.is_file():
         raise ValueError("it is a folder, a pipe or a device" if path.exists() else "No such file")
     with path.open("rb") as file:
@@ -369,30 +442,26 @@ def regular(path):
     return path
 
 
-def unique(items):
-    """The dict of an object in JSON. Raises ValueError if it has one key twice."""
-    found = dict(items)
-    if len(found) < len(items):
-        raise ValueError(f"an object has one key twice, among {', '.join(found)}")
-    return found
+def parse_json(text: str):
+    """The value that a text in JSON holds. Raises ValueError for any other text."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
-def parse_json(text):
-    return json.loads(text, object_pairs_hook=unique)
-
-
-def read_json(file):
+def read_json(file: Path) -> dict:
     """The object in a JSON file. Raises ValueError, with the file's name, for anything else."""
     try:
         value = parse_json(regular(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
+    except (OSError, ValueError) as e:
         raise ValueError(f"cannot read {file}: {e}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file} holds no JSON object")
     return value
 
 
-def read_config(path):
+def read_config(path: str | Path) -> Config:
     """The Config of the checkpoint in folder `path`. Raises ValueError for a field that is missing,
     malformed or not implemented."""
     file = Path(path) / "config.json"
@@ -403,43 +472,74 @@ def read_config(path):
         return parse_config(fields)
     except KeyError as e:
         raise ValueError(f"{file} lacks the field {e}") from None
-    except (ValueError, TypeError, AttributeError, ArithmeticError) as e:
+    except (ValueError, TypeError, ArithmeticError) as e:
         raise ValueError(f"{file}: {e}") from None
 
 
-def parse_config(fields):
-    """A Config from the fields of a config.json; a missing one is a KeyError."""
-    family = fields.get("model_type")
+def parse_config(said: dict) -> Config:
+    """The Config that the fields of a config.json mean. Raises KeyError for one that is missing,
+    ValueError, TypeError or ArithmeticError for what is malformed or not implemented."""
+    family = said.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"model_type {family!r} is not implemented; {', '.join(FAMILIES)} are")
-    fields = {name: x for name, x in (FAMILIES[family] | fields).items() if x is not None}
-    n_heads = fields["num_attention_heads"]
-    silent = dict(num_key_value_heads=n_heads, head_dim=fields["hidden_size"] // n_heads)
-    fields = dict(rms_norm_eps=1e-6, tie_word_embeddings=False) | silent | fields
-    # Each field that is used is popped. Vicuna's max_sequence_length includes its scaling. Within
-    # Mistral's sliding window attention is full attention; longer input is refused.
-    longest = fields.pop("max_sequence_length", fields.pop("max_position_embeddings"))
+
+    # What the file says, over what transformers assumes of the family. A null takes that back.
+    merged = FAMILIES[family] | said
+    known = {name: value for name, value in merged.items() if value is not None}
+
+    # Both over what transformers assumes of every model.
+    n_heads = known["num_attention_heads"]
+    defaults = dict(rms_norm_eps=1e-6, tie_word_embeddings=False, num_key_value_heads=n_heads)
+    defaults["head_dim"] = known["hidden_size"] // n_heads
+    fields = defaults | known
+
+    # Each field that is used is popped, so that what is left is not used. Vicuna's
+    # max_sequence_length includes its scaling. Within Mistral's sliding window attention is full;
+    # longer input is refused.
+    max_seq_len = fields.pop("max_position_embeddings")
+    max_seq_len = fields.pop("max_sequence_length", max_seq_len)
     if family == "mistral":
-        longest = min(longest, fields.pop("sliding_window", longest))
-    ours = {our: fields.pop(name) for our, name in CONFIG_NAMES.items()} | take_rope(fields)
-    config = Config(**ours, max_seq_len=longest, qkv_bias=family == "qwen2")
-    plain = {"hidden_act": "silu", "layer_types": ["full_attention"] * config.n_layers}
-    plain |= dict.fromkeys(SWITCHED_OFF, False)
+        max_seq_len = min(max_seq_len, fields.pop("sliding_window", max_seq_len))
+    rope_theta, rope_scaling = pop_rope(fields)
+    config = Config(
+        dim=fields.pop("hidden_size"),
+        n_layers=fields.pop("num_hidden_layers"),
+        n_heads=fields.pop("num_attention_heads"),
+        n_kv_heads=fields.pop("num_key_value_heads"),
+        head_dim=fields.pop("head_dim"),
+        hidden_dim=fields.pop("intermediate_size"),
+        vocab_size=fields.pop("vocab_size"),
+        norm_eps=fields.pop("rms_norm_eps"),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        qkv_bias=family == "qwen2",
+        max_seq_len=max_seq_len,
+        tied=fields.pop("tie_word_embeddings"),
+        family=fields.pop("model_type"),
+    )
+
+    # What is left must not change the network.
+    implemented = IMPLEMENTED | {"layer_types": ["full_attention"] * config.n_layers}
     for name, value in fields.items():
-        if name not in INERT_FIELDS and plain.get(name) != value:
+        if name not in INERT_FIELDS and value != implemented.get(name):
             raise ValueError(f"{name} = {value!r} is not implemented; delete it if it does nothing")
     return config
 
 
-def take_rope(fields):
-    """Pop the rotary fields of a config.json; return Config's two arguments for them."""
-    rope = {"rope_theta": fields.pop("rope_theta", 10000.0)}  # where transformers 4 has it
-    rope = rope | fields.pop("rope_scaling", {}) | fields.pop("rope_parameters", {})  # 4 | 5
-    theta, kind = rope.pop("rope_theta"), rope.pop("rope_type", rope.pop("type", "default"))
+def pop_rope(fields):
+    """Pop the rotary fields of a config.json; returns Config's rope_theta and rope_scaling."""
+    # transformers 4 writes rope_theta and rope_scaling, transformers 5 all in rope_parameters.
+    rope = {"rope_theta": fields.pop("rope_theta", 10000.0)}
+    rope = rope | fields.pop("rope_scaling", {})
+    rope = rope | fields.pop("rope_parameters", {})
+    rope_theta = rope.pop("rope_theta")
+
+    # The kind was called type before it was called rope_type. What is left are its numbers.
+    kind = rope.pop("type", "default")
+    kind = rope.pop("rope_type", kind)
     if kind not in ROPE_SCALING or rope.keys() != set(ROPE_SCALING[kind]):
         raise ValueError(f"rope_scaling, rope_parameters: {kind!r} with {rope} is not implemented")
-    scaling = tuple(float(rope[name]) for name in ROPE_SCALING[kind])
-    return {"rope_theta": float(theta), "rope_scaling": scaling}
+    return float(rope_theta), tuple(float(rope[name]) for name in ROPE_SCALING[kind])
 
 
 def weight_files(path):
@@ -449,16 +549,19 @@ def weight_files(path):
             return [path / name]
         index = path / f"{name}.index.json"
         if index.is_file():
-            shards = read_json(index).get("weight_map")
-            if not isinstance(shards, dict) or any(Path(str(x)).name != x for x in shards.values()):
-                raise ValueError(f"{index} lacks the field 'weight_map': names of files beside it")
-            return [path / shard for shard in sorted(set(shards.values()))]
+            return indexed_files(index)
     raise ValueError(f"{path} holds no model.safetensors, no pytorch_model.bin and no index of one")
 
 
-def is_plain(x):
-    """Is this a tensor whose numbers stand one by one in memory: not sparse, nested, on meta?"""
-    return torch.is_tensor(x) and x.layout == torch.strided and not (x.is_nested or x.is_meta)
+def indexed_files(index):
+    """The files that an index names: its weight_map is {name of a tensor: name of its file}."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index} lacks the field 'weight_map'")
+    for name in weight_map.values():
+        if not isinstance(name, str) or name != Path(name).name:
+            raise ValueError(f"{index}: weight_map names {name!r}, which is no file beside it")
+    return [index.parent / name for name in sorted(set(weight_map.values()))]
 
 
 def open_weights(file):
@@ -467,21 +570,32 @@ def open_weights(file):
     try:
         if regular(file).suffix == ".safetensors":
             return load_file(file)
+
+        # torch warns of odd kinds of tensors, which `is_plain` leaves out.
         with warnings.catch_warnings(action="ignore"):
-            weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        return {str(name): x for name, x in weights.items() if is_plain(x)}
+            saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(saved, dict):
+            raise ValueError("it holds no tensors by name")
+        return {str(name): x for name, x in saved.items() if is_plain(x)}
     except pickle.UnpicklingError:
         raise ValueError(f"{file} could run code, so it is not read; take safetensors") from None
     except Exception as e:  # a damaged file can fail in any way
         raise ValueError(f"cannot read {file}: {e}".split("\n")[0]) from None
 
 
+def is_plain(x):
+    """Is this a tensor whose numbers stand one by one in memory: not sparse, nested, on meta?"""
+    return torch.is_tensor(x) and x.layout == torch.strided and not (x.is_nested or x.is_meta)
+
+
 def place(name, start, stop, devices):
-    """The device of a weight: blocks start .. stop - 1 are laid over the devices in order, in runs
-    that differ by at most one block. Embedding, norm and head are on the first, where the stream
-    comes in and comes out; `Llama.blocks` hands it on."""
-    i = name.split(".")[1]  # the block's number, or "weight" of what is no block
-    return devices[(int(i) - start) * len(devices) // (stop - start) if i.isdecimal() else 0]
+    """The device of a weight: blocks start .. stop - 1 are laid over the devices in order, to each
+    as many as to the others or one more. Embedding, norm and head are on the first, where the
+    stream comes in and comes out; `Llama.blocks` hands it on."""
+    if not name.startswith("layers."):
+        return devices[0]
+    block = int(name.split(".")[1])
+    return devices[(block - start) * len(devices) // (stop - start)]
 
 
 class Checkpoint:
@@ -494,48 +608,68 @@ class Checkpoint:
     memory. Only training and `first_pass` may use several devices: a KVCache is on one.
     """
 
-    def __init__(self, path, dtype=torch.float32, device="cpu", more=()):
-        self.dtype, self.devices = dtype, [device, *more]
-        config, tensors, self.files = read_config(path), {}, {}
+    def __init__(self, path: str | Path, dtype=torch.float32, device="cpu", more=()):
+        self.dtype = dtype
+        self.devices = [device, *more]
+        config = read_config(path)
+
+        # The file of each tensor. If several files hold one of the same name, the first counts.
+        self.files = {}
+        tensors = {}
         for file in weight_files(Path(path)):
-            tensors = open_weights(file) | tensors  # of two of one name the first counts
-            self.files |= dict.fromkeys(tensors.keys() - self.files.keys(), file)
-        # As in transformers 5, a head that was saved all the same is not tied.
-        config = replace(config, tied=config.tied and "lm_head.weight" not in tensors)
+            for name, tensor in open_weights(file).items():
+                self.files.setdefault(name, file)
+                tensors.setdefault(name, tensor)
+
+        # The model, whose weights take no memory yet. As in transformers 5, a head that was saved
+        # is not tied, whatever the config says.
+        if "lm_head.weight" in tensors:
+            config = replace(config, tied=False)
         with torch.device("meta"):
             self.model = Llama(config).eval().requires_grad_(False)
         shapes = {hf_name(our): tuple(w.shape) for our, w in self.model.state_dict().items()}
-        for name in sorted(shapes.keys() ^ tensors.keys()):
+
+        # Each tensor is a weight, and each weight has its tensor.
+        for name in sorted(tensors.keys() - shapes.keys()):
             if not name.endswith("rotary_emb.inv_freq"):  # old files carry this table
-                fault = "lacks the tensor" if name in shapes else "has the unknown tensor"
-                raise ValueError(f"{path} {fault} {name}")
-        for name, shape in shapes.items():
+                raise ValueError(f"{path} has the unknown tensor {name}")
+        for name, shape in sorted(shapes.items()):
+            if name not in tensors:
+                raise ValueError(f"{path} lacks the tensor {name}")
             x = tensors[name]
-            if x.shape != shape or not x.is_floating_point():
+            if tuple(x.shape) != shape or not x.is_floating_point():
                 raise ValueError(f"{path}: {name} is {x.dtype} {tuple(x.shape)}, not float {shape}")
 
-    def read(self, start, stop):
+    def read(self, start: int, stop: int):
         """Read what the model still lacks of blocks start .. stop - 1, -1 being the embedding, and
         of norm and head if stop is n_layers, into `dtype` on `device`."""
-        parts = [f"layers.{i}." for i in range(start, stop)] + ["tok_embeddings."] * (start < 0)
+        parts = [f"layers.{i}." for i in range(start, stop)]
+        if start < 0:
+            parts.append("tok_embeddings.")
         if stop == self.model.config.n_layers:
             parts += ["norm.", "tok_embeddings." if self.model.config.tied else "output."]
-        lacking = [name for name, weight in self.model.state_dict().items() if weight.is_meta]
-        names = {hf_name(our): our for our in lacking if our.startswith(tuple(parts))}
+
+        # {Hugging Face's name: ours} of their weights that are not there yet.
+        lacking = [our for our, weight in self.model.state_dict().items() if weight.is_meta]
+        wanted = {hf_name(our): our for our in lacking if our.startswith(tuple(parts))}
+
+        # Each file is opened once, for all its weights.
         weights = {}
-        for file in {self.files[name] for name in names}:
-            for name, x in open_weights(file).items():
-                if name in names and self.files[name] == file:
-                    device = place(names[name], start, stop, self.devices)
-                    weights[names[name]] = x = x.to(device, self.dtype)
-                    if not torch.stack(x.aminmax()).isfinite().all():
+        for file in {self.files[name] for name in wanted}:
+            for name, tensor in open_weights(file).items():
+                if name in wanted and self.files[name] == file:
+                    our = wanted[name]
+                    weight = tensor.to(place(our, start, stop, self.devices), self.dtype)
+                    extremes = torch.stack(weight.aminmax())  # NaN if the weight has one
+                    if not extremes.isfinite().all():
                         raise ValueError(f"{file}: {name} holds NaN or infinity in {self.dtype}")
+                    weights[our] = weight
         self.model.load_state_dict(weights, strict=False, assign=True)
 
     @contextmanager
-    def hold(self, i):
+    def hold(self, i: int):
         """Inside this context the model has block i, or the embedding if i is -1; afterwards its
-        memory is given back. A tied embedding stays, for it is the head."""
+        memory is given back. A tied embedding stays, because it is the head."""
         self.read(i, i + 1)
         yield
         if i >= 0:
@@ -544,7 +678,7 @@ class Checkpoint:
             self.model.tok_embeddings.to("meta")
 
 
-def load(path, dtype=torch.float32, device="cpu"):
+def load(path: str | Path, dtype=torch.float32, device="cpu") -> Llama:
     """The frozen model of the Hugging Face checkpoint in folder `path`: see Checkpoint."""
     checkpoint = Checkpoint(path, dtype, device)
     checkpoint.read(-1, checkpoint.model.config.n_layers)
@@ -561,6 +695,8 @@ def sample(logits, temperature, top_p, u):
     probs, ids = (logits / temperature).softmax(-1).sort(-1, descending=True)
     total = probs.cumsum(-1)
     kept = total.masked_fill(total - probs >= top_p, 0)  # the fewest tokens that hold top_p
+
+    # The token in whose share of the kept probability u falls.
     drawn = (total < u * kept.amax(-1, keepdim=True)).sum(-1, keepdim=True)
     return ids.gather(-1, drawn).squeeze(-1)
 
@@ -572,21 +708,32 @@ def prefill(model, prompts, max_len, steer):
     steer: {layer: (B, 1, dim)}. A prompt of several rows runs once up to the first steered layer.
     Padding moves the positions of a row, which changes nothing: rotary embedding is relative.
     """
-    n_layers, longest, device = model.config.n_layers, max(map(len, prompts)), model.device
-    first, cache = min(steer, default=n_layers - 1), KVCache(model, len(prompts), max_len)
-    last = model.norm.weight.new_empty(len(prompts), model.config.dim)
-    for prompt in dict.fromkeys(map(tuple, prompts)):
-        rows = [i for i, other in enumerate(prompts) if tuple(other) == prompt]
-        start, one = longest - len(prompt), KVCache(model, 1, len(prompt))
-        positions = torch.arange(start, longest, device=device)
-        h = model.embed(torch.tensor([prompt], device=device))
-        h = model.blocks(h, 0, first + 1, positions, cache=one)
-        one.take([0] * len(rows))
-        if steer:  # from here on it has its rows
-            h = add_vector(h, steer[first][rows])
-        above, one.length = {layer: v[rows] for layer, v in steer.items()}, 0
-        h = model.blocks(h, first + 1, n_layers, positions, cache=one, steer=above)
-        cache.kv[:, :, rows, :, start:longest] = one.kv
+    n_layers = model.config.n_layers
+    first = min(steer, default=n_layers - 1)  # the first steered layer
+    longest = max(len(prompt) for prompt in prompts)
+    cache = KVCache(model, len(prompts), max_len)
+    last = cache.kv.new_empty(len(prompts), model.config.dim)
+
+    rows_of = {}  # {prompt: the rows that have it}
+    for row, prompt in enumerate(prompts):
+        rows_of.setdefault(tuple(prompt), []).append(row)
+
+    for prompt, rows in rows_of.items():
+        # 1. Up to the first steered layer the rows are alike: run one of them.
+        start = longest - len(prompt)
+        positions = torch.arange(start, longest, device=model.device)
+        prompt_cache = KVCache(model, 1, len(prompt))
+        h = model.embed(torch.tensor([prompt], device=model.device))  # (1, T, dim)
+        h = model.blocks(h, 0, first + 1, positions, cache=prompt_cache)
+        prompt_cache.take([0] * len(rows))
+
+        # 2. From there on each row has its own vectors, and so its own stream.
+        if steer:
+            h = add_vector(h, steer[first][rows])  # (rows, T, dim)
+            above = {layer: v[rows] for layer, v in steer.items()}
+            h = model.blocks(h, first + 1, n_layers, positions, cache=prompt_cache, steer=above)
+
+        cache.kv[:, :, rows, :, start:longest] = prompt_cache.kv
         last[rows] = h[:, -1]
     cache.length = longest
     return cache, last
@@ -595,41 +742,59 @@ def prefill(model, prompts, max_len, steer):
 @torch.inference_mode()
 def stream(model, prompts, max_new_tokens, eos_id, steer=None, temperature=0, top_p=1, seed=0):
     """`generate`, step by step: yields {row: new id} of the rows that had not ended."""
-    B, longest, device = len(prompts), max(map(len, prompts)), model.device
-    check_fit(model.config, steer or {}, longest + max_new_tokens)
+    device = model.device
+    longest = max(len(prompt) for prompt in prompts)
+    steer = steer or {}
+    check_fit(model.config, steer, longest + max_new_tokens)
     if not (temperature >= 0 and 0 < top_p <= 1):
         raise ValueError(f"temperature {temperature} must be >= 0, top_p {top_p} in (0, 1]")
-    steer = {layer: v.to(device).expand(B, 1, -1) for layer, v in (steer or {}).items()}
-    u = torch.rand(B, max_new_tokens, generator=torch.Generator().manual_seed(seed)).to(device)
-    rows = torch.arange(B, device=device)  # the prompts still in the batch
-    going = torch.ones(B, dtype=torch.bool, device=device)  # which of them have not ended
-    pad = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
-    cache, h = prefill(model, prompts, longest + max_new_tokens, steer)
+    ends = torch.tensor([eos_id] if isinstance(eos_id, int) else list(eos_id), device=device)
+
+    # A random number for each row and step, so what a row says does not depend on the others.
+    generator = torch.Generator().manual_seed(seed)
+    u = torch.rand(len(prompts), max_new_tokens, generator=generator).to(device)
+
+    # The batch: the rows in it, which of them have not ended, their padding and their vectors.
+    rows = torch.arange(len(prompts), device=device)
+    going = torch.ones(len(prompts), dtype=torch.bool, device=device)
+    padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
+    vectors = {layer: v.to(device).expand(len(prompts), 1, -1) for layer, v in steer.items()}
+
+    cache, h = prefill(model, prompts, longest + max_new_tokens, vectors)
     for step in range(max_new_tokens):
         tokens = sample(model.head(h), temperature, top_p, u[rows, step, None])
         yield dict(zip(rows[going].tolist(), tokens[going].tolist(), strict=True))
-        going &= tokens != eos_id
+        going &= ~torch.isin(tokens, ends)
         if not going.any() or step == max_new_tokens - 1:
             return
-        if going.float().mean() < 0.75:  # rows leave in groups, for each time copies the cache
+
+        # Rows that have ended leave the batch, in groups, because each time copies the cache.
+        if going.float().mean() < 0.75:
             left = going.nonzero()[:, 0]
             cache.take(left)
-            rows, tokens, pad, going = rows[left], tokens[left], pad[left], going[left]
-            steer = {layer: v[left] for layer, v in steer.items()}
-        keys = torch.arange(cache.length + 1, device=device)
-        mask = (keys >= pad[:, None])[:, None, None] if pad.any() else None  # (B, 1, 1, S)
-        h = model.embed(tokens[:, None])
-        h = model.blocks(h, 0, model.config.n_layers, mask=mask, cache=cache, steer=steer)[:, 0]
+            rows, going, padding, tokens = rows[left], going[left], padding[left], tokens[left]
+            vectors = {layer: v[left] for layer, v in vectors.items()}
+
+        # The new tokens see all keys that are not padding.
+        mask = None
+        if padding.any():
+            keys = torch.arange(cache.length + 1, device=device)
+            mask = (keys >= padding[:, None])[:, None, None]  # (B, 1, 1, S)
+        h = model.embed(tokens[:, None])  # (B, 1, dim)
+        h = model.blocks(h, 0, model.config.n_layers, mask=mask, cache=cache, steer=vectors)[:, 0]
 
 
 def generate(model, prompts, max_new_tokens, eos_id, steer=None, temperature=0, top_p=1, seed=0):
-    """Continue prompts, lists of token ids whose lengths may differ: the new ids of each, EOS last
-    unless max_new_tokens came first.
+    """Continue prompts, lists of token ids whose lengths may differ: the new ids of each, with the
+    EOS last unless max_new_tokens came first.
 
+    eos_id: the id that ends an answer, or several.
     steer: {layer: tensor broadcastable to (B, 1, dim)}, one vector for all prompts or one for each,
-    added at every position of prompt and answer. temperature 0 is greedy. Row i depends on its
-    prompt, its vector, the seed, max_new_tokens and i, not on the other rows. Raises ValueError if
-    the context could be exceeded.
+        added at every position of prompt and answer.
+    temperature: 0 is greedy; otherwise tokens are drawn from the fewest that hold top_p.
+
+    Row i depends on its prompt, its vector, the seed, max_new_tokens and i, not on the other rows.
+    Raises ValueError if the context could be exceeded.
     """
     answers = [[] for _ in prompts]
     for new in stream(model, prompts, max_new_tokens, eos_id, steer, temperature, top_p, seed):

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import runpy
+import shlex
 import shutil
 import sys
 from contextlib import redirect_stdout
@@ -18,6 +19,7 @@ from conftest import MINI, MINI_SETS, ROOT, assert_one_line, jsonl, names_in, ru
 from small_tokenizers import BYTE_LEVEL, TEMPLATE_FILES, model_config, write_tokenizer_json
 
 import bipo
+import data
 from bipo import PRESETS, Recipe, first_pass, train
 from data import load_vector, open_chat, read_pairs
 from llama import load
@@ -70,7 +72,8 @@ def test_the_log_begins_with_the_settings(finished):
     out, _, _ = finished
     settings, _ = read_log(out)
     _, metadata = load_vector(out)
-    assert settings == {name: x for name, x in metadata.items() if name != "epoch"}
+    later = ("epoch", "stream_norms")
+    assert settings == {name: x for name, x in metadata.items() if name not in later}
 
 
 def test_the_log_has_a_row_for_each_step(finished):
@@ -88,8 +91,34 @@ def test_a_run_prints_settings_progress_and_held_out_numbers(finished):
     assert "base_model  mini\n" in printed and "template    llama-2\n" in printed
     assert "step 9/9" in printed and re.search(r"first pass (\d+)/\1 ", printed)
     assert printed.count("held out  d +1: loss") == 3 and printed.count("d -1: loss") == 3
-    assert printed.splitlines()[-1].startswith("saved ") and printed.endswith(f"in {out}\n")
-    assert "steps are warm-up" not in printed and "are trained on" not in printed
+    *_, saved, following = printed.splitlines()
+    assert saved.startswith("saved vector.safetensors") and saved.endswith(f"in {out}")
+    assert following.startswith("next: python eval.py ")
+    assert "warm-up" not in printed and "are trained on" not in printed
+
+
+def test_the_scale_of_the_vector_is_said_and_kept(finished, mini, mini_pairs):
+    out, printed, _ = finished
+    norm = bipo.stream_norm(mini_pairs)
+    every = [pair.h[1:].norm(dim=-1) for pair in mini_pairs]
+    assert norm == pytest.approx(torch.cat(every).median().item())
+    assert f"|h| {norm:.2f}, the median norm" in printed
+    v, metadata = load_vector(out)
+    assert json.loads(metadata["stream_norms"]) == {"1": norm}
+    assert f"|v| {v[1].norm():.3f} ({v[1].norm() / norm:.2%} of |h|)" in printed
+
+
+def test_the_expected_time_is_said_before_the_first_step(finished):
+    _, printed, _ = finished
+    before, _, _ = printed.partition("\nstep ")
+    assert re.search(r"\n9 steps, about \d+ s\n", before)
+
+
+def test_the_pairs_that_were_trained_on_can_be_told(finished):
+    _, metadata = load_vector(finished[0])
+    pairs = read_pairs(MINI / "train.csv")
+    assert metadata["pairs"].split() == [data.pair_hash(pair) for pair in pairs]
+    assert len(set(metadata["pairs"].split())) == len(pairs)
 
 
 def test_a_run_gives_bitwise_the_vector_of_the_functions(finished):
@@ -111,12 +140,43 @@ def test_a_run_with_the_least_that_must_be_said(tmp_path, monkeypatch, capsys):
     jsonl(tmp_path / "pairs.jsonl", *pairs)
     run_main(bipo.main, "--model", MINI, "--data", "pairs.jsonl", "--layer", 1)
     printed = capsys.readouterr().out
-    assert "all 60 steps are warm-up; lower --warmup-steps" in printed
+    assert "note: 6 warm-up steps, a tenth of the run; the paper has 100" in printed
     assert "are trained on" not in printed
     assert "10 pairs of pairs.jsonl, held out 2 split off by prompt" in printed
     assert printed.count("held out  d +1") == 20  # epochs
     vectors, metadata = load_vector(tmp_path / "runs" / "pairs-layer1")
-    assert json.loads(metadata["recipe"]) == asdict(PRESETS["paper"]) and list(vectors) == [1]
+    recipe = replace(PRESETS["paper"], warmup_steps=6)
+    assert json.loads(metadata["recipe"]) == asdict(recipe) and list(vectors) == [1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [([], 0), (["--epochs", 4], 1), (["--preset", "official"], 100), (["--warmup-steps", 7], 7)],
+)
+def test_the_warm_up_fits_the_run(tmp_path, capsys, flags, steps):
+    """Three steps an epoch: a tenth of them, if the user and the official preset say nothing."""
+    epochs = [] if "--epochs" in flags else ["--epochs", 1]
+    run_main(bipo.main, *MINI_SETS, "--layer", 1, *epochs, *flags, "--out", tmp_path)
+    _, metadata = load_vector(tmp_path)
+    assert json.loads(metadata["recipe"])["warmup_steps"] == steps
+    printed = capsys.readouterr().out
+    assert ("a tenth of the run" in printed) == (steps < 7)
+    assert ("steps are warm-up; lower --warmup-steps" in printed) == (steps >= 3)
+
+
+def test_the_pairs_held_out_are_kept_and_the_next_command_runs(tmp_path, monkeypatch, capsys):
+    """The command that is printed measures the vector on the pairs that were split off."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"q {i}?", "chosen": "yes", "rejected": "no"} for i in range(12)]
+    jsonl(tmp_path / "my pairs.jsonl", *rows)
+    run_main(bipo.main, "--model", MINI, "--data", "my pairs.jsonl", "--layer", 1, "--epochs", 1)
+    line = capsys.readouterr().out.splitlines()[-1]
+    words = shlex.split(line.removeprefix("next: python eval.py "))
+    assert words[:4] == ["--model", str(MINI), "--vector", "runs/my pairs-layer1"]
+    held_out = read_pairs(words[words.index("--data") + 1])
+    training, expected = data.split_pairs(read_pairs(tmp_path / "my pairs.jsonl"), 0)
+    assert [pair[:3] for pair in held_out] == [pair[:3] for pair in expected]
+    assert words[words.index("--pairs") + 1] == "my pairs.jsonl"
 
 
 def test_the_default_folder_is_named_by_pairs_layer_and_method(tmp_path, monkeypatch):

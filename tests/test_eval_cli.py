@@ -284,11 +284,12 @@ def test_system_prompts_of_conversations(tmp_path, vector_file):
     for (name, records), system in zip(rows.items(), ("Be odd.", "Be kind."), strict=True):
         file = jsonl(tmp_path / f"{name}.jsonl", *records)
         flags = ["--model", MINI, "--vector", vector_file, "--data", file, "--samples", 0]
-        flags += ["--system", system, "--system-prompts", "Say yes.", "Say no."]
+        flags += ["--system", system, "--system-prompts", "Say yes.", "Say no.", "--ab"]
         tables, *_ = evaluate(tmp_path, *flags)
-        found.append([rows for title, rows in tables.items() if "compared" in title][0][-1])
-    assert found[0] == found[1] and found[0]["steering"] == "system prompts"
-    assert found[0]["slope"][0] != 0
+        found.append([rows[-1] for rows in tables.values()])
+    _, compared, letters = found[0]
+    assert found[0] == found[1] and compared["steering"] == "system prompts"
+    assert compared["slope"][0] != 0 != letters["says_a_letter"][0]
 
 
 def test_what_overflows_is_no_number(tmp_path, vector_file, fails):

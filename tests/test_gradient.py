@@ -105,7 +105,7 @@ def test_what_is_printed(tmp_path, capsys):
     for part in ("first pass", "backward pass 11/11", "|g| ", "% of |h|)", "d +1: ", "d -1: "):
         assert part in printed, part
     assert "of the pairs pull in the direction of the others" in printed
-    assert printed.endswith(f"saved {tmp_path / 'vector.safetensors'}\n")
+    assert f"saved {tmp_path / 'vector.safetensors'}\nnext: python eval.py " in printed
 
 
 @pytest.mark.parametrize("layers", [["all"], [0, 3]])

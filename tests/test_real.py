@@ -39,7 +39,7 @@ def write_gguf(path, dim=32, hidden=64, heads=4, kv_heads=2, blocks=2):
     writer.add_head_count(heads)
     writer.add_head_count_kv(kv_heads)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(1e4)
+    writer.add_rope_freq_base(5e4)
     writer.add_rope_dimension_count(dim // heads)
     writer.add_vocab_size(len(words + more))
     writer.add_tokenizer_model("gpt2")
@@ -80,6 +80,17 @@ def test_a_gguf_becomes_a_folder(tmp_path):
         *map(str, config.values())
     }
     assert model(torch.tensor([[1, 5, 6]])).std() > 0.1
+
+
+def test_an_unpacked_config_holds_what_older_programs_read(tmp_path):
+    """transformers 4 and mlx-lm take a rope_theta of 10000 if there is none at the top level;
+    converters refuse a model without architectures."""
+    write_gguf(tmp_path / "mini.gguf")
+    real.unpack(tmp_path / "mini.gguf", tmp_path / "mini")
+    config = json.loads((tmp_path / "mini" / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 5e4
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert load(tmp_path / "mini").config.rope_theta == 5e4
 
 
 def test_an_unpacking_that_fails_leaves_no_folder(tmp_path, monkeypatch):

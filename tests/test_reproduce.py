@@ -6,10 +6,11 @@ import re
 import pytest
 import reproduce
 from conftest import ROOT
+from reports import put
 
 from eval import Mean
 
-RESULTS = (ROOT / "tests" / "experiments" / "RESULTS.md").read_text(encoding="utf-8")
+RESULTS = reproduce.RESULTS.read_text(encoding="utf-8")
 NAMES = "curve measures baselines synergy transfer quality layers".split()
 
 
@@ -30,13 +31,13 @@ def test_the_picture_shows_what_the_table_does():
 
 def test_tables_are_put_into_their_places():
     text = "a\n<!-- x -->\nold\n<!-- end -->\nb\n<!-- layers -->\n\n<!-- end -->\n"
-    text = reproduce.put(text, "layers", ["train layer-0"], "| t |")
-    text = reproduce.put(text, "x", [], "| new |")
+    text = put(text, "layers", reproduce.below(["train layer-0"], "| t |"))
+    text = put(text, "x", "| new |")
     command = f"```\npython {reproduce.COMMANDS['train layer-0']}\n```"
     first = "a\n<!-- x -->\n| new |\n<!-- end -->\nb\n"
     assert text == f"{first}<!-- layers -->\n{command}\n\n| t |\n<!-- end -->\n"
-    with pytest.raises(AssertionError, match="no place for y"):
-        reproduce.put(text, "y", [], "")
+    with pytest.raises(ValueError, match="no lines <!-- y -->"):
+        put(text, "y", "")
 
 
 def test_tables_are_read_as_they_were_written(tmp_path, monkeypatch):
@@ -53,15 +54,15 @@ def test_tables_are_read_as_they_were_written(tmp_path, monkeypatch):
 def test_facts_as_truthful_qa(tmp_path):
     """Each fact's answer, and four that are false."""
     from data import open_records
-    from eval import to_questions
+    from eval import to_question
 
     reproduce.write_facts(tmp_path / "facts.csv")
-    found = [to_questions(record)[0] for _, record in open_records(tmp_path / "facts.csv")]
+    found = [to_question(record) for _, record in open_records(tmp_path / "facts.csv")]
     known = reproduce.read_jsonl(reproduce.TINY / "knowledge.jsonl")
-    assert [prompt for _, _, prompt, _ in found] == [fact["prompt"] for fact in known]
-    for (measure, _, _, answers), fact in zip(found, known, strict=True):
-        right, *wrong = answers
-        assert measure == "TruthfulQA MC1" and list(answers.values()) == [1, 0, 0, 0, 0]
+    assert [prompt for prompt, _ in found] == [fact["prompt"] for fact in known]
+    for (_, measures), fact in zip(found, known, strict=True):
+        right, *wrong = measures["TruthfulQA MC1"]
+        assert list(measures["TruthfulQA MC1"].values()) == [1, 0, 0, 0, 0]
         assert fact["answer"] in right and len({right, *wrong}) == 5
         assert not any(fact["answer"] in text for text in wrong)
 

