@@ -701,45 +701,6 @@ def write_gguf(path, tensors, metadata):
     writer.close()
 
 
-# ---- The folder of a run -------------------------------------------------------------------------
-
-VECTOR, STATE, LOG = "vector.safetensors", "state.safetensors", "log.jsonl"
-
-
-def open_run(out, settings, dim, resume, overwrite):
-    """(after, rows): what `bipo.train` goes on after, (steps done, state (3, dim)), and the log's
-    rows so far: of the run in folder `out` if it is resumed, else of a new run. Raises ValueError
-    if `out` holds a run that is neither resumed nor replaced, or one with other settings."""
-    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, which alone writes
-        for name in (VECTOR, STATE, LOG):
-            check_output(out / name)
-        free = resume or overwrite or not ((out / VECTOR).exists() or (out / STATE).exists())
-        require(free, f"--out {out} holds a run: name another folder, --resume or --overwrite")
-    if not (resume and (out / STATE).exists()):
-        return (0, torch.zeros(3, dim)), [json.dumps(settings)]
-    found, old = load_vector(out / STATE)
-    for name, value in settings.items():
-        other = f"{out} holds a run with {name} {old.get(name)}, not {value}"
-        require(old.get(name) == value, f"{other}; --overwrite without --resume replaces it")
-    steps, rows = int(old["step"]), (out / LOG).read_text(encoding="utf-8").splitlines()
-    require(len(rows) > steps, f"{out / LOG} ends before step {steps} of {STATE}")
-    print(f"going on after step {steps}")
-    return (steps, torch.stack([*found.values()])), rows[: 1 + steps]
-
-
-def start_run(out, after, rows):
-    """Write the log so far. A new run first deletes the state and the epochs of an earlier one,
-    whose last vector stays until the first epoch has another."""
-    for file in [] if after[0] else [out / STATE, *out.glob("epoch_*.safetensors")]:
-        file.unlink(missing_ok=True)
-    write_text(out / LOG, "\n".join([*rows, ""]))
-
-
-def save_run(out, settings, after):
-    """Write what `open_run` reads."""
-    save_vector(out / STATE, dict(enumerate(after[1])), settings | {"step": str(after[0])})
-
-
 # ---- What the command lines share ----------------------------------------------------------------
 
 
@@ -881,23 +842,6 @@ class OpenModel(NamedTuple):
 def encode_pairs(chat, pairs, max_seq_len, skip_bad=False):
     ids = [chat.encode_pair(pair, max_seq_len) for pair in pairs]
     return pairs, ids
-
-
-def read_sets(args, chat, max_seq_len):
-    """(PairIds: those to train on, then those held out; "file:line" of each of the former; a
-    description for the metadata) of a command line's pairs."""
-    how, origin = (args.skip_bad, chat, max_seq_len), f"of {args.val}"
-    pairs, held_out = read_pairs(args.data, *how), args.val and read_pairs(args.val, *how)
-    if not held_out:
-        (pairs, held_out), origin = split_pairs(pairs, args.seed), "split off by prompt"
-    note_shortcuts(pairs)
-    shared = {str(pair.prompt) for pair in pairs} & {str(pair.prompt) for pair in held_out}
-    if shared:
-        print(f"note: {len(shared)} held-out prompts are trained on, for example {min(shared)!r}")
-    ids, more = [pair.ids for pair in pairs], [pair.ids for pair in held_out]
-    what = f"{len(ids)} pairs of {args.data}, held out {len(more)} {origin}, ids "
-    names = [pair.source for pair in pairs]
-    return ids + more, names, what + hashlib.sha256(str(ids + more).encode()).hexdigest()[:12]
 
 
 class Progress:
