@@ -465,12 +465,12 @@ def check_prompts(config, chat, prompts, n):
 def encode(path, args, chat, limit, ab):
     """Of a file of pairs: (prompts, PairIds, PairIds of the A/B questions if `ab`, PairIds under
     the system prompt against and then under that for, if there are such)."""
-    pairs = data.read_pairs(path, args.skip_bad, chat, limit)
+    pairs, ids = data.encode_pairs(chat, data.read_pairs(path, args.skip_bad), limit, args.skip_bad)
     letters = [x for pair in pairs for x in letter_pairs(chat, pair, limit)] if ab else []
     sides = [(pair, text) for text in reversed(args.system_prompts) for pair in pairs]
     sides = [pair._replace(prompt=lean(chat, pair.prompt, text)) for pair, text in sides]
     prompted = [chat.encode_pair(pair, limit) for pair in sides]
-    return [pair.prompt for pair in pairs], [pair.ids for pair in pairs], letters, prompted
+    return [pair.prompt for pair in pairs], ids, letters, prompted
 
 
 def baselines(args, model, whole, training, this):
