@@ -238,7 +238,7 @@ def encode_choice(chat, limit, metric, prompt, targets) -> Choice:
     both = set(targets.values()) == {0, 1}
     data.require(both, "some answers must be right (1), others wrong (0)")
 
-    prompt, _, _ = data.checked(prompt, "-", "-")
+    prompt = data.checked(prompt, "-", "-").prompt
     prompt_ids, responses = chat.encode_responses(prompt, list(targets), limit)
     without_end = [response[:-1] for response in responses]
     right = np.array(list(targets.values())) == 1
@@ -456,7 +456,7 @@ def read_prompts(path):
         with data.named(f"{path}{place}"):
             columns = data.standard_columns(record)
             data.require(columns["prompt"] != [], f"no column is the prompt: only {[*record]}")
-            prompt, _, _ = data.checked(columns["prompt"], "-", "-", columns.get("system"))
+            prompt = data.checked(columns["prompt"], "-", "-", columns.get("system")).prompt
             prompts.append(prompt)
     data.require(prompts, f"{path} holds no prompts")
     return list(dict.fromkeys(prompts))
