@@ -172,7 +172,7 @@ def test_other_networks_are_refused_by_name(tmp_path, change, part):
 
 # ---- adapters
 
-# As in the README.
+# As in tests/experiments/README.md.
 MERGE = """\
 import shutil
 from pathlib import Path
@@ -191,7 +191,7 @@ for pattern in ("*token*", "chat_template*"):  # the tokenizer's files and the c
 
 @pytest.fixture
 def merged(tmp_path, monkeypatch):
-    """The README's lines have run: the folders base, adapter and merged, and peft's own model."""
+    """These lines have run: the folders base, adapter and merged, and peft's own model."""
     import peft  # takes seconds
 
     shutil.copytree(MINI, tmp_path / "base")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import MINI, ROOT, TINY, jsonl
 from make_tiny import side_shown
+from reports import python_block
 from test_families import MERGE
 
 import bipo
@@ -16,6 +17,7 @@ import llama
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+MORE = (ROOT / "tests" / "experiments" / "README.md").read_text()
 
 
 def block(text):
@@ -38,15 +40,23 @@ def test_it_begins_with_a_picture_and_the_demo():
         assert (ROOT / file).exists(), file
 
 
+def test_the_map_of_the_experiments_names_all_of_them():
+    folder = ROOT / "tests" / "experiments"
+    for file in folder.glob("*.py"):
+        assert f"]({file.name})" in MORE
+    for file in re.findall(r"\]\((?!http)([^)]+)\)", MORE):
+        assert (folder / file).exists(), file
+
+
 def test_the_lines_that_merge_an_adapter_are_tested():
-    assert MERGE in BLOCKS  # tests/test_families.py runs them
+    assert python_block(MORE, "PeftModel") == MERGE  # tests/test_families.py runs them
 
 
 def test_a_record_of_sharegpt_becomes_one_that_is_read():
     said = [{"from": "system", "value": "S"}, {"from": "human", "value": "Lead?"}]
     record = {"conversations": said}
     record |= {"chosen": {"from": "gpt", "value": "Yes."}, "rejected": {"value": "No."}}
-    exec(block('"gpt"'), session := {"record": record})
+    exec(python_block(MORE, '"gpt"'), session := {"record": record})
     ((prompt, chosen, rejected),), _ = data.to_pairs(session["pair"])
     assert prompt == (("system", "S"), ("user", "Lead?")) and (chosen, rejected) == ("Yes.", "No.")
 
