@@ -537,8 +537,9 @@ def parse_config(said: dict) -> Config:
     family = said.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"model_type {family!r} is not implemented; {', '.join(FAMILIES)} are")
-    if said.get("quantization_config"):
-        kind = dict(said["quantization_config"]).get("quant_method")
+    quantized = said.get("quantization_config")
+    if quantized:
+        kind = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise ValueError(f"quantization_config: {QUANTIZED.format(kind)}")
 
     # What the file says, over what transformers assumes of the family. A null takes that back.
