@@ -51,12 +51,12 @@ class Config:
     family: str = "llama"  # a key of FAMILIES
 
     def __post_init__(self):
-        limits = {int: 10**7, float: math.inf}  # of a number; far above any model's
+        limits = {int: 10**7, float: math.inf}  # numbers lie between 0 and these
         for name, kind in type(self).__annotations__.items():
             value = getattr(self, name)
             if type(value) is not kind or (kind in limits and not 0 < value < limits[kind]):
                 raise ValueError(f"{name} = {value!r} is not a possible {kind.__name__}")
-        if self.n_layers > 1000:  # each would become an object before any weight is read
+        if self.n_layers > 1000:  # as many objects would be made before any weight is read
             raise ValueError(f"n_layers = {self.n_layers} is more than 1000")
 
         if self.n_heads % self.n_kv_heads or self.head_dim % 2:
@@ -99,11 +99,12 @@ def rope_frequencies(config, dtype, device):
         (factor,) = config.rope_scaling
         return frequency / factor
 
-    # 2. "llama3": only those are that turn seldom within the first context; the others are kept.
+    # 2. "llama3": a frequency is divided if it makes fewer than `low` turns within the first
+    # context, kept if it makes more than `high`, and mixed from both in between.
     if len(config.rope_scaling) == 4:
         factor, low, high, first_context = config.rope_scaling
         turns = frequency * first_context / (2 * math.pi)
-        kept = ((turns - low) / (high - low)).clamp(0, 1)  # a share, between low and high turns
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
         return kept * frequency + (1 - kept) * frequency / factor
 
     # 3. "default": no scaling.
@@ -115,14 +116,14 @@ def rope_tables(positions, config, dtype):
     are made anew in each pass, because `.to(torch.bfloat16)` would round a stored table."""
     frequency = rope_frequencies(config, dtype, positions.device)
     angle = positions[..., None] * frequency  # (..., T, D / 2)
-    angle = torch.cat((-angle, angle), dim=-1)  # (..., T, D)
+    angle = torch.cat((-angle, angle), dim=-1)  # (..., T, D); the minus is for the sine
     angle = angle.unsqueeze(-3)  # (..., 1, T, D), the same for all heads
     return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
-    """Turn channel i with channel i + D/2: (a, b) -> (a cos - b sin, b cos + a sin); the first half
-    of `sin` has the minus. Meta's own files pair channel 2i with 2i + 1, Hugging Face's do not."""
+    """Turn channels i and i + D/2, (a, b) -> (a cos - b sin, b cos + a sin). That is Hugging Face's
+    layout; Meta's own files pair channels 2i and 2i + 1. The first half of `sin` has the minus."""
     y = x.to(cos.dtype)
     return (y * cos + y.roll(y.shape[-1] // 2, -1) * sin).type_as(x)
 
@@ -211,15 +212,15 @@ class KVCache:
     def __init__(self, model, batch_size, max_len):
         c = model.config
         shape = (2, c.n_layers, batch_size, c.n_kv_heads, max_len, c.head_dim)
-        # Not torch.empty: attention weighs masked values by 0, and 0 times NaN would be NaN.
+        # Zeros, because attention multiplies what is masked by 0, and 0 times NaN would be NaN.
         self.kv = torch.zeros(shape, dtype=model.norm.weight.dtype, device=model.device)
         self.length = 0
 
     def extend(self, layer, xk, xv):
-        """Append (B, K, T, D) twice; returns all so far, (2, B, K, S, D). `length` grows when the
-        last layer has appended."""
+        """Append a layer's keys and values of T new tokens, (B, K, T, D) each. Returns those of all
+        tokens so far, (2, B, K, S, D). `length` grows when the last layer has appended."""
         new_length = self.length + xk.shape[2]
-        filled = self.kv[:, layer, :, :, :new_length]
+        filled = self.kv[:, layer, :, :, :new_length]  # a view
         filled[:, :, :, self.length :] = torch.stack((xk, xv))
 
         n_layers = self.kv.shape[1]
@@ -244,7 +245,7 @@ class Llama(nn.Module):
 
     @property
     def device(self):
-        """Where the weights are. Those not yet read, see Checkpoint, are nowhere."""
+        """The device of the weights that have been read, see Checkpoint."""
         return next(w.device for w in self.parameters() if not w.is_meta)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -297,7 +298,7 @@ class Llama(nn.Module):
 
 
 def check_fit(config: Config, layers: Collection[int], n_tokens: int):
-    """Raises ValueError if the model lacks one of the layers, or if its context is shorter."""
+    """Raises ValueError if the model lacks one of the layers or if its context is too short."""
     for layer in layers:
         if not 0 <= layer < config.n_layers:
             raise ValueError(f"no layer {layer}: the model has layers 0..{config.n_layers - 1}")
@@ -428,8 +429,8 @@ def hf_name(name: str) -> str:
 
 
 def regular(path: Path) -> Path:
-    """The path of a file that a user or a checkpoint names. Raises ValueError for a folder, a pipe
-    or a device, and for two kinds of files that are often found under the names of others."""
+    """The path of a file that a user or a checkpoint names, if it is a regular file. Raises
+    ValueError otherwise, and for what often stands under another file's name."""
     if not path.is_file():
         raise ValueError("it is a folder, a pipe or a device" if path.exists() else "No such file")
     with path.open("rb") as file:
@@ -446,7 +447,7 @@ def parse_json(text: str):
     try:
         return json.loads(text)
     except RecursionError:
-        raise ValueError("it is nested too deeply: maximum recursion depth exceeded") from None
+        raise ValueError("it is nested too deeply") from None
 
 
 def read_json(file: Path) -> dict:
@@ -482,18 +483,19 @@ def parse_config(said: dict) -> Config:
     if family not in FAMILIES:
         raise ValueError(f"model_type {family!r} is not implemented; {', '.join(FAMILIES)} are")
 
-    # What the file says goes before what transformers assumes of the family. null takes that back.
-    known = FAMILIES[family] | said
-    known = {name: value for name, value in known.items() if value is not None}
+    # What the file says, over what transformers assumes of the family. A null takes that back.
+    merged = FAMILIES[family] | said
+    known = {name: value for name, value in merged.items() if value is not None}
 
-    # What transformers takes where both are silent.
+    # Both over what transformers assumes of every model.
     n_heads = known["num_attention_heads"]
-    silent = dict(rms_norm_eps=1e-6, tie_word_embeddings=False, num_key_value_heads=n_heads)
-    silent["head_dim"] = known["hidden_size"] // n_heads
-    fields = silent | known
+    defaults = dict(rms_norm_eps=1e-6, tie_word_embeddings=False, num_key_value_heads=n_heads)
+    defaults["head_dim"] = known["hidden_size"] // n_heads
+    fields = defaults | known
 
-    # From here on each field that is used is popped. Vicuna's max_sequence_length includes its
-    # scaling. Within Mistral's sliding window attention is full; longer input is refused.
+    # Each field that is used is popped, so that what is left is not used. Vicuna's
+    # max_sequence_length includes its scaling. Within Mistral's sliding window attention is full;
+    # longer input is refused.
     max_seq_len = fields.pop("max_position_embeddings")
     max_seq_len = fields.pop("max_sequence_length", max_seq_len)
     if family == "mistral":
@@ -526,13 +528,14 @@ def parse_config(said: dict) -> Config:
 
 def pop_rope(fields):
     """Pop the rotary fields of a config.json; returns Config's rope_theta and rope_scaling."""
-    # transformers 4 writes rope_theta and rope_scaling, transformers 5 writes rope_parameters.
-    theta = {"rope_theta": fields.pop("rope_theta", 10000.0)}
-    scaling = fields.pop("rope_scaling", {})
-    rope = theta | scaling | fields.pop("rope_parameters", {})
-
+    # transformers 4 writes rope_theta and rope_scaling, transformers 5 all in rope_parameters.
+    rope = {"rope_theta": fields.pop("rope_theta", 10000.0)}
+    rope = rope | fields.pop("rope_scaling", {})
+    rope = rope | fields.pop("rope_parameters", {})
     rope_theta = rope.pop("rope_theta")
-    kind = rope.pop("type", "default")  # its name before it was rope_type
+
+    # The kind was called type before it was called rope_type. What is left are its numbers.
+    kind = rope.pop("type", "default")
     kind = rope.pop("rope_type", kind)
     if kind not in ROPE_SCALING or rope.keys() != set(ROPE_SCALING[kind]):
         raise ValueError(f"rope_scaling, rope_parameters: {kind!r} with {rope} is not implemented")
@@ -556,7 +559,7 @@ def indexed_files(index):
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index} lacks the field 'weight_map'")
     for name in weight_map.values():
-        if name != Path(str(name)).name:
+        if not isinstance(name, str) or name != Path(name).name:
             raise ValueError(f"{index}: weight_map names {name!r}, which is no file beside it")
     return [index.parent / name for name in sorted(set(weight_map.values()))]
 
@@ -567,8 +570,12 @@ def open_weights(file):
     try:
         if regular(file).suffix == ".safetensors":
             return load_file(file)
+
+        # torch warns of odd kinds of tensors, which `is_plain` leaves out.
         with warnings.catch_warnings(action="ignore"):
             saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(saved, dict):
+            raise ValueError("it holds no tensors by name")
         return {str(name): x for name, x in saved.items() if is_plain(x)}
     except pickle.UnpicklingError:
         raise ValueError(f"{file} could run code, so it is not read; take safetensors") from None
@@ -582,9 +589,9 @@ def is_plain(x):
 
 
 def place(name, start, stop, devices):
-    """The device of a weight: blocks start .. stop - 1 are laid over the devices in order, in runs
-    that differ by at most one block. Embedding, norm and head are on the first, where the stream
-    comes in and comes out; `Llama.blocks` hands it on."""
+    """The device of a weight: blocks start .. stop - 1 are laid over the devices in order, to each
+    as many as to the others or one more. Embedding, norm and head are on the first, where the
+    stream comes in and comes out; `Llama.blocks` hands it on."""
     if not name.startswith("layers."):
         return devices[0]
     block = int(name.split(".")[1])
@@ -614,7 +621,9 @@ class Checkpoint:
                 self.files.setdefault(name, file)
                 tensors.setdefault(name, tensor)
 
-        if "lm_head.weight" in tensors:  # as in transformers 5, a head that was saved is not tied
+        # The model, whose weights take no memory yet. As in transformers 5, a head that was saved
+        # is not tied, whatever the config says.
+        if "lm_head.weight" in tensors:
             config = replace(config, tied=False)
         with torch.device("meta"):
             self.model = Llama(config).eval().requires_grad_(False)
@@ -628,7 +637,7 @@ class Checkpoint:
             if name not in tensors:
                 raise ValueError(f"{path} lacks the tensor {name}")
             x = tensors[name]
-            if x.shape != shape or not x.is_floating_point():
+            if tuple(x.shape) != shape or not x.is_floating_point():
                 raise ValueError(f"{path}: {name} is {x.dtype} {tuple(x.shape)}, not float {shape}")
 
     def read(self, start: int, stop: int):
@@ -639,10 +648,12 @@ class Checkpoint:
             parts.append("tok_embeddings.")
         if stop == self.model.config.n_layers:
             parts += ["norm.", "tok_embeddings." if self.model.config.tied else "output."]
+
+        # {Hugging Face's name: ours} of their weights that are not there yet.
         lacking = [our for our, weight in self.model.state_dict().items() if weight.is_meta]
         wanted = {hf_name(our): our for our in lacking if our.startswith(tuple(parts))}
 
-        # A file that several tensors come from is opened once.
+        # Each file is opened once, for all its weights.
         weights = {}
         for file in {self.files[name] for name in wanted}:
             for name, tensor in open_weights(file).items():
@@ -684,6 +695,8 @@ def sample(logits, temperature, top_p, u):
     probs, ids = (logits / temperature).softmax(-1).sort(-1, descending=True)
     total = probs.cumsum(-1)
     kept = total.masked_fill(total - probs >= top_p, 0)  # the fewest tokens that hold top_p
+
+    # The token in whose share of the kept probability u falls.
     drawn = (total < u * kept.amax(-1, keepdim=True)).sum(-1, keepdim=True)
     return ids.gather(-1, drawn).squeeze(-1)
 
@@ -696,7 +709,7 @@ def prefill(model, prompts, max_len, steer):
     Padding moves the positions of a row, which changes nothing: rotary embedding is relative.
     """
     n_layers = model.config.n_layers
-    first = min(steer, default=n_layers - 1)  # steered layer
+    first = min(steer, default=n_layers - 1)  # the first steered layer
     longest = max(len(prompt) for prompt in prompts)
     cache = KVCache(model, len(prompts), max_len)
     last = cache.kv.new_empty(len(prompts), model.config.dim)

@@ -6,20 +6,15 @@ import re
 
 import pytest
 import torch
-from conftest import MINI, TINY, jsonl
-from test_torchrun import torchrun
+from conftest import MINI, MINI_SETS, TINY, jsonl, run_main
+from test_torchrun import forked
 
 import bipo
 from bipo import bipo_loss, first_pass, pair_gradients, preference_gradient, steered_logps
 from data import load_vector, read_pairs
 from llama import load
 
-SETS = ("--model", MINI, "--data", MINI / "train.csv", "--val", MINI / "test.csv")
 GRADIENT = ("--method", "gradient")
-
-
-def run(*args):
-    bipo.main([str(x) for x in args])
 
 
 def preference(model, pairs, v):
@@ -91,7 +86,7 @@ def test_no_pairs_are_refused(mini):
 @pytest.fixture(scope="module")
 def one_layer(tmp_path_factory):
     out = tmp_path_factory.mktemp("gradient")
-    run(*SETS, "--layer", 1, *GRADIENT, "--out", out)
+    run_main(bipo.main, *MINI_SETS, "--layer", 1, *GRADIENT, "--out", out)
     return out
 
 
@@ -105,7 +100,7 @@ def test_the_vector_is_g_over_its_square(one_layer, mini, mini_pairs):
 
 
 def test_what_is_printed(tmp_path, capsys):
-    run(*SETS, "--layer", 1, *GRADIENT, "--out", tmp_path)
+    run_main(bipo.main, *MINI_SETS, "--layer", 1, *GRADIENT, "--out", tmp_path)
     printed = capsys.readouterr().out
     for part in ("first pass", "backward pass 11/11", "|g| ", "% of |h|)", "d +1: ", "d -1: "):
         assert part in printed, part
@@ -115,7 +110,7 @@ def test_what_is_printed(tmp_path, capsys):
 
 @pytest.mark.parametrize("layers", [["all"], [0, 3]])
 def test_several_layers_in_one_pass(tmp_path, mini, mini_pairs, capsys, layers):
-    run(*SETS, "--layer", *layers, *GRADIENT, "--out", tmp_path)
+    run_main(bipo.main, *MINI_SETS, "--layer", *layers, *GRADIENT, "--out", tmp_path)
     printed = capsys.readouterr().out
     vectors, metadata = load_vector(tmp_path, layer=0)
     assert "alternatives" in metadata and vectors.keys() == {0}
@@ -134,7 +129,7 @@ def test_several_layers_in_one_pass(tmp_path, mini, mini_pairs, capsys, layers):
 
 
 def test_held_out_numbers_of_the_layers_are_dot_products(tmp_path, mini, capsys):
-    run(*SETS, "--layer", 0, 2, *GRADIENT, "--out", tmp_path)
+    run_main(bipo.main, *MINI_SETS, "--layer", 0, 2, *GRADIENT, "--out", tmp_path)
     row = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("    2 "))
     (v,) = load_vector(tmp_path, 2)[0].values()
     model, chat = mini
@@ -147,8 +142,9 @@ def test_held_out_numbers_of_the_layers_are_dot_products(tmp_path, mini, capsys)
 def test_two_processes_give_the_vector_of_one(tmp_path, one_layer):
     for layers in ([1], [1, 2]):
         out = tmp_path / str(layers)
-        code, printed, err = torchrun(2, *SETS, "--layer", *layers, *GRADIENT, "--out", out)
-        assert code == 0, err
+        args = (*MINI_SETS, "--layer", *layers, *GRADIENT, "--out", out)
+        codes, printed, err = forked(2, tmp_path, *args)
+        assert codes == [0, 0], err
         assert printed.count("saved ") == 1
         v = load_vector(out, 1)[0][1]
         expected = load_vector(one_layer)[0][1]
@@ -166,7 +162,7 @@ def test_random_labels_have_no_common_direction(tmp_path, capsys):
     shares = []
     for pairs in (swapped, TINY / "power.train.jsonl"):
         args = ("--model", TINY, "--data", pairs, "--layer", 3, *GRADIENT)
-        run(*args, "--out", tmp_path / pairs.stem)
+        run_main(bipo.main, *args, "--out", tmp_path / pairs.stem)
         printed = capsys.readouterr().out
         shares.append(int(re.search(r"(\d+)% of the pairs pull", printed)[1]))
     assert shares[0] < 70 and shares[1] > 95
@@ -184,19 +180,19 @@ def test_random_labels_have_no_common_direction(tmp_path, capsys):
 )
 def test_flags_that_do_not_fit(tmp_path, fails, flags, parts):
     out = tmp_path / "out"
-    fails(bipo.main, [*SETS, "--layer", 1, *GRADIENT, *flags, "--out", out], *parts)
+    fails(bipo.main, [*MINI_SETS, "--layer", 1, *GRADIENT, *flags, "--out", out], *parts)
     assert not out.exists()
 
 
 @pytest.mark.parametrize("layers", [["all"], [1, 2]])
 def test_a_training_has_one_layer(tmp_path, fails, layers):
-    args = [*SETS, "--layer", *layers, "--out", tmp_path / "out"]
+    args = [*MINI_SETS, "--layer", *layers, "--out", tmp_path / "out"]
     fails(bipo.main, args, "one --layer", "--method gradient")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_vector_of_before_is_replaced_only_if_asked(one_layer, fails):
     before = (one_layer / "vector.safetensors").read_bytes()
-    args = [*SETS, "--layer", 1, *GRADIENT, "--out", one_layer]
+    args = [*MINI_SETS, "--layer", 1, *GRADIENT, "--out", one_layer]
     fails(bipo.main, args, "holds a run", "--overwrite")
     assert (one_layer / "vector.safetensors").read_bytes() == before

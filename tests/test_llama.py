@@ -298,6 +298,17 @@ def test_each_row_stops_at_its_own_eos(mini):
     assert len({len(row) for row in rows}) > 2
 
 
+def test_each_row_stops_at_the_first_of_several_ends(mini):
+    model, _ = mini
+    prompts = [[1, 5, 9, 8], [1, 7], [1, 30, 31]]
+    free = generate(model, prompts, 20, eos_id=[])
+    assert free == generate(model, prompts, 20, eos_id=-1)
+    ends = {free[0][11], free[1][6]}  # each ends one of the first two rows
+    for row, stopped in zip(free, generate(model, prompts, 20, eos_id=ends), strict=True):
+        said = [token in ends for token in row]
+        assert stopped == (row[: said.index(True) + 1] if any(said) else row)
+
+
 def test_finished_rows_leave_the_batch_and_the_others_keep_their_vectors(mini, monkeypatch):
     model, _ = mini
     prompts = [tokens_of(1, 40)[0, i : i + 4 + i % 3].tolist() for i in range(16)]

@@ -1,11 +1,15 @@
 """bipo.py in several processes, started by torchrun: the numbers of one process."""
 
 import json
+import multiprocessing
 import os
+import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
+from multiprocessing import connection
 
 import pytest
 import torch
@@ -29,6 +33,41 @@ def torchrun(n, *args, wait=True):
         return process
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
+
+
+def forked(n, folder, *args):
+    """The same in forks of this process, which has imported all. They are told what torchrun tells,
+    and one that fails ends the others: (exit codes, stdout, stderr)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def run(rank):
+        told = {"WORLD_SIZE": n, "RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(x) for name, x in told.items()})
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT), number)
+            setattr(sys, name, open(number, "w", closefd=False))
+        sys.argv = ["bipo.py", *map(str, args)]
+        runpy.run_path(str(ROOT / "bipo.py"), run_name="__main__")
+
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=run, args=[rank]) for rank in range(n)]
+    for process in processes:
+        process.start()
+    running = list(processes)
+    while running:
+        connection.wait([process.sentinel for process in running])
+        running = [process for process in running if process.is_alive()]
+        if any(process.exitcode for process in processes):
+            for process in running:
+                process.terminate()
+
+    out, err = (
+        "".join((folder / f"{name}{rank}").read_text() for rank in range(n))
+        for name in ("stdout", "stderr")
+    )
+    return [process.exitcode for process in processes], out, err
 
 
 def alone(out, *args):
@@ -92,9 +131,9 @@ def test_a_process_without_a_pair_of_the_batch_contributes_nothing(tmp_path):
 
 
 def test_a_user_error_is_one_line_of_ours(tmp_path):
-    code, out, err = torchrun(2, *TRAIN[:3], tmp_path / "none.csv", "--layer", 1)
+    codes, out, err = forked(2, tmp_path, *TRAIN[:3], tmp_path / "none.csv", "--layer", 1)
     ours = [line for line in err.splitlines() if line.startswith("bipo.py:")]
-    assert code == 1 and len(ours) == 1 and "none.csv" in ours[0]
+    assert codes[0] == 2 and len(ours) == 1 and "none.csv" in ours[0]
     assert out.count("note:") == len(out.splitlines()) == 1  # of the first process
 
 
