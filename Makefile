@@ -48,6 +48,11 @@ real: .venv/dev
 real-all: .venv/dev
 	DATA="$(DATA)" $(PY) $(EXPERIMENTS)/real.py
 
+# When you want to see a new user's way on that model, from pairs of one's own to a chat: five
+# minutes, after the download.
+persona: .venv/dev
+	$(PY) $(EXPERIMENTS)/persona.py
+
 # When you want to serve the vector of `make real` elsewhere: installs llama.cpp and vLLM, and shows
 # whether they give our answers.
 engines: .venv/dev
@@ -72,4 +77,4 @@ clean:
 	$(PY) -m pip install -q -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo demo-vectors test test-slow bench reproduce real real-all engines tiny clean
+.PHONY: demo demo-vectors test test-slow bench reproduce real real-all persona engines tiny clean
