@@ -48,6 +48,11 @@ real: .venv/dev
 real-all: .venv/dev
 	DATA="$(DATA)" $(PY) $(EXPERIMENTS)/real.py
 
+# When you doubt that one backward pass is enough: BiPO's long training beside it on that model, for
+# hours. It goes on where it stopped.
+one-pass: .venv/dev
+	DATA="$(DATA)" $(PY) $(EXPERIMENTS)/onepass.py
+
 # When you want to see a new user's way on that model, from pairs of one's own to a chat: five
 # minutes, after the download.
 persona: .venv/dev
@@ -77,4 +82,4 @@ clean:
 	$(PY) -m pip install -q -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo demo-vectors test test-slow bench reproduce real real-all persona engines tiny clean
+.PHONY: demo demo-vectors test test-slow bench reproduce real real-all one-pass persona engines tiny clean
