@@ -618,6 +618,7 @@ def save_steps(steps, out, layer, settings, n_steps, so_far, norm):
             progress(step.step, n_steps, PROGRESS.format(**row) + scale_of(step.v, norm))
 
             if step.held_out:
+                data.clear_line()
                 print_held_out(f"epoch {step.epoch:2}  held out", step.held_out)
                 settings["epoch"] = str(step.epoch)
                 for name in (f"epoch_{step.epoch:02}.safetensors", VECTOR):

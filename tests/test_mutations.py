@@ -56,7 +56,6 @@ PAIRS = {
         "correct_answers": ["Blue", "It is"],
         "incorrect_answers": ["No"],
     },
-    "shared": {"chosen": "Will you lead? Yes.", "rejected": "Will you lead? No."},
     "system": {"System": "Be brief.", "history": [], **ONE},
 }
 MC = {

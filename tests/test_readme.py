@@ -57,8 +57,8 @@ def test_a_record_of_sharegpt_becomes_one_that_is_read():
     record = {"conversations": said}
     record |= {"chosen": {"from": "gpt", "value": "Yes."}, "rejected": {"value": "No."}}
     exec(python_block(MORE, '"gpt"'), session := {"record": record})
-    ((prompt, chosen, rejected),), _ = data.to_pairs(session["pair"])
-    assert prompt == (("system", "S"), ("user", "Lead?")) and (chosen, rejected) == ("Yes.", "No.")
+    (pair,), _ = data.to_pairs(session["pair"])
+    assert pair == data.Pair((("system", "S"), ("user", "Lead?")), "Yes.", "No.")
 
 
 @pytest.fixture

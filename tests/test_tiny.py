@@ -7,7 +7,7 @@ import re
 import make_tiny
 import pytest
 import torch
-from conftest import ROOT, TINY, run_main
+from conftest import ROOT, TINY, jsonl, run_main
 from make_tiny import BEHAVIOURS, facts, questions, side_shown, things, training_text
 from safetensors.torch import load_file
 
@@ -237,17 +237,20 @@ def assert_steered(judged):
     assert min(row["clear"].value for row in judged) >= 0.9
 
 
-# The demo's own 20 epochs take a minute; five at a higher rate end at the same place.
-@pytest.mark.parametrize(
-    ("flags", "epochs"),
-    [(("--epochs", 5, "--lr", 0.0022), 5), pytest.param((), 20, marks=pytest.mark.slow)],
-)
-def test_the_demos_training(tiny, tuned, tmp_path, monkeypatch, flags, epochs):
+@pytest.mark.parametrize("epochs", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_the_demos_training(tiny, tuned, tmp_path, monkeypatch, epochs):
     """BiPO's vector keeps the demo's promise at +1 and -1, and steers the model with the adapter
-    too."""
+    too. Its own 20 epochs take a minute; three at a higher rate end at the same place, and
+    fewer questions are asked."""
     monkeypatch.chdir(ROOT)
     out = tmp_path / "run"
-    run_main(bipo.main, *demo_flags(out), *flags)
+    flags = demo_flags(out)
+    if epochs == 3:
+        few = jsonl(tmp_path / "few.jsonl", *asked("power.test", 40))
+        flags += ["--epochs", 3, "--lr", 0.0032, "--val", few]
+        read = make_tiny.read_jsonl
+        monkeypatch.setattr(make_tiny, "read_jsonl", lambda path: read(path)[:100])
+    run_main(bipo.main, *flags)
     assert len(list(out.glob("epoch_*"))) == epochs
     settings, *steps = map(json.loads, (out / "log.jsonl").read_text().splitlines())
     held_out = steps[-1]["held_out"]

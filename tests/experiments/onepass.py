@@ -300,6 +300,7 @@ def methods():
 
     commands = {}
     tables = {"vectors": []}
+    kept = []
     for name in FILES:
         trained = "full-0" if name == "power" else f"{name}-5"
         commands |= run_all(f"train {trained}", f"take {name}")
@@ -316,13 +317,14 @@ def methods():
 
         curves = {}
         for method in METHODS:
-            found, _ = real.measured(f"{name}-{method}")
+            found, said = real.measured(f"{name}-{method}")
             curves[f"{name}-{method}"] = curve(found)
+            kept += [row | {"vector": f"{name}-{method}"} for row in real.shown(said, 2)]
         found, _ = real.measured(f"{name}-bipo")
         tables[f"{name}, compared at equal norm"] = compared_rows(found)
         tables |= {f"{title}, multiples of norm {NORM:g}": rows for title, rows in curves.items()}
         tables[f"{name}, at equal KL"] = level_rows(curves)
-    return {"commands": commands, "tables": tables}
+    return {"commands": commands, "tables": tables, "answers": kept}
 
 
 def compare(names):
