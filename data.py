@@ -24,6 +24,7 @@ import random
 import re
 import shutil
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -169,8 +170,8 @@ def note_shortcuts(pairs):
     chosen = [first_word(pair.chosen) for pair in pairs]
     rejected = [first_word(pair.rejected) for pair in pairs]
     for side, words, others in (("chosen", chosen, rejected), ("rejected", rejected, chosen)):
-        ((common, _),) = Counter(words).most_common(1)
-        n_told = sum(a == common != b for a, b in zip(words, others, strict=True))
+        common = statistics.mode(words)
+        n_told = sum(a == common and b != common for a, b in zip(words, others, strict=True))
         shortcuts.append((n_told, f"{common!r:.40} begins {side} alone"))
 
     enough = max(10, 0.9 * len(pairs))  # a handful of pairs says nothing
@@ -214,7 +215,8 @@ def csv_records(text):
         for row in rows:
             if any(row):  # spreadsheets leave empty rows
                 fits = len(row) == len(names)
-                yield f":{rows.line_num}", dict(zip(names, row, strict=True)) if fits else row
+                record = dict(zip(names, row, strict=True)) if fits else row
+                yield f":{rows.line_num}", record
     except csv.Error as e:
         raise ValueError(f"line {rows.line_num}: {e}") from None
 
@@ -340,6 +342,7 @@ def split_options(question):
             require(line.strip() in ("", "Answer:"), fault)
         else:
             stem.append(line)
+
     if options:
         stem = [line for line in stem if not re.fullmatch(HEADING, line)]
     return "\n".join(stem).strip(), options
@@ -404,7 +407,7 @@ def checked(prompt, chosen, rejected, system=None):
     check_order(turns)
 
     contents = [content for _, content in turns]
-    for text in (*contents, yes, no):
+    for text in [*contents, yes, no]:
         text.encode()  # raises ValueError for half a "😀"
         written_out = re.match(WRITTEN_OUT, text)
         require(not written_out, f"a text is a list of messages written out: {text!r:.60}")
@@ -413,7 +416,8 @@ def checked(prompt, chosen, rejected, system=None):
     both_end = re.search(END_TOKEN, yes) and re.search(END_TOKEN, no)
     require(not both_end, f"both answers end in a control token, remove it: {yes[-30:]!r}")
     require(yes.strip() and no.strip(), "an answer is empty")
-    return Pair(contents[0] if len(turns) == 1 else tuple(turns), yes, no)
+    prompt_said = contents[0] if len(turns) == 1 else tuple(turns)
+    return Pair(prompt_said, yes, no)
 
 
 def check_order(turns):
@@ -441,14 +445,12 @@ class Tokenizer:
         self.read_settings(path)
         file = path / "tokenizer.model"
         try:
-            model = read_sentencepiece(file)
+            self.open_sentencepiece(file)
         except ValueError as e:
             advice = f"cannot read {file}: {e}; copy the files tokenizer* of the base model there"
             file = path / "tokenizer.json"
             require(file.exists(), advice)
             self.open_tokenizer_json(file)
-        else:
-            self.open_sentencepiece(model)
         self.name = f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
 
     def read_settings(self, path):
@@ -458,6 +460,7 @@ class Tokenizer:
         self.config = read_json(config_file) if config_file.is_file() else {}
         self.controls = read_json(added_file) if added_file.is_file() else {}
         self.variables = {"tools": None, "documents": None}
+
         with named(f"{config_file} or {added_file.name} is malformed", Exception):
             for number, token in self.config.get("added_tokens_decoder", {}).items():
                 self.controls[text_of_token(token)] = int(number)
@@ -468,7 +471,8 @@ class Tokenizer:
                 plain = text and type(number) is int and number >= 0
                 require(plain, f"{text!r} with the id {number!r}")
 
-    def open_sentencepiece(self, model):
+    def open_sentencepiece(self, file):
+        model = read_sentencepiece(file)
         self.size = model.vocab_size()
         self.encode_text = model.encode
         self.byte_level = False
@@ -613,10 +617,10 @@ class Chat(NamedTuple):
     def fill(self, turns):
         """The text of turns and, if the last is the user's, of the beginning of an answer."""
         messages = [{"role": role, "content": text} for role, text in turns]
-        more = {"messages": messages, "add_generation_prompt": turns[-1][0] == "user"}
+        values = {"messages": messages, "add_generation_prompt": turns[-1][0] == "user"}
         with named("the chat template fails", Exception):  # a template is a program
             template = compile_template(self.source or RECIPES[self.template])
-            return template.render(self.tokenizer.variables | more)
+            return template.render(self.tokenizer.variables | values)
 
     def split(self, prompt, *answer):
         """The text of a prompt, and of its answer if one is given, as a list in which every second
@@ -626,7 +630,7 @@ class Chat(NamedTuple):
             ["", "<s>", "[INST] Lead? [/INST] Yes.", "</s>", ""]
 
         The template is filled with marks instead of the texts, so that only what it writes itself
-        can be a control token. Raises ValueError if it does anything with a text but to strip it.
+        can be a control token. Raises ValueError if it does more with a text than strip it.
         """
         turns = [("user", prompt)] if isinstance(prompt, str) else list(prompt)
         check_order(turns)
@@ -653,20 +657,25 @@ class Chat(NamedTuple):
         return parts
 
     def answer(self, text):
-        """(what follows a prompt if this is the answer, the control token that ends it): what
-        `split` gives more with an answer than without, " Yes." and "</s>" in its example.
+        """(what follows a prompt if this is the answer, the control token that ends it): what a
+        conversation with the answer has more than one without.
 
-        Any prompt will do, and a short one is taken: some templates move the system prompt when
-        there is an answer. Raises ValueError if no control token ends the answer.
+            prompt    ["", "<s>", "[INST] Hello [/INST]"]
+            whole     ["", "<s>", "[INST] Hello [/INST] Yes.", "</s>", ""]
+            returned  " Yes.", "</s>"
+
+        The conversation is a short one without a system prompt, because some templates move that
+        when there is an answer. Raises ValueError if no control token ends the answer.
         """
         chat = self._replace(system=None)
-        *before, last = chat.split("Hello")
-        parts = chat.split("Hello", text)
-        last_with_answer, *after = parts[len(before) :]
-        fits = parts[: len(before)] == before and last_with_answer.startswith(last)
-        fits = fits and text.strip() in last_with_answer and after
+        prompt = chat.split("Hello")
+        whole = chat.split("Hello", text)
+        n = len(prompt) - 1
+        last = prompt[n]
+        fits = len(whole) > n + 1 and whole[:n] == prompt[:n] and whole[n].startswith(last)
+        fits = fits and text.strip() in whole[n]
         require(fits, f"a template must write {last!r:.9}, an answer, a token")
-        return last_with_answer.removeprefix(last), after[0]
+        return whole[n].removeprefix(last), whole[n + 1]
 
     def encode(self, parts):
         """`split`'s texts and control tokens -> ids."""
@@ -698,6 +707,7 @@ class Chat(NamedTuple):
         *before, last = self.split(prompt)
         prompt_ids = self.encode([*before, last])
         n = len(prompt_ids)
+
         found = []
         for response in responses:
             text, end = self.answer(response)
@@ -732,6 +742,7 @@ def encode_pairs(chat, pairs, max_seq_len, skip_bad=False):
             encoded.append(pair)
         except ValueError as e:
             faults.append((pair.source, str(e).removeprefix(f"{pair.source}: ")))
+
     dropped = count_faults(faults, skip_bad)
     report = f"dropped {listed(dropped)}, {len(encoded)} pairs are left"
     require(encoded, f"no pairs: {report}")
@@ -758,7 +769,7 @@ def choose_template(path, family, own):
                 return "mistral"
         return "own"
 
-    # From before there were templates: Llama-2 and Vicuna, whose tokenizers have no other tokens.
+    # It is from before there were templates, as Llama-2 and Vicuna, if it has no other tokens.
     usual = r"<s>|</s>|<unk>|\W*pad\W*"
     others = [x for x in own.tokenizer.controls if not re.fullmatch(usual, x, re.IGNORECASE)]
     plain = family == "llama" and not others and not own.tokenizer.byte_level
@@ -974,12 +985,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)
+        clear_line()
         line = f"{self.prog}: {printable(' '.join(message.split()))}"
         self.exit(2, f"{line:.500}\n")
-
-    def exit(self, status=0, message=None):
-        clear_line()
-        super().exit(status, message)
 
 
 def run_or_exit(parser, run, argv):
@@ -992,17 +1000,20 @@ def run_or_exit(parser, run, argv):
     args = parser.parse_args(argv)
     if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
     try:
         run(args)
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to come
+        # Python writes what is left when it ends, and must not fail at that again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (ValueError, OSError) as e:
         parser.error(str(e))
     except (MemoryError, torch.OutOfMemoryError) as e:
         parser.error(f"out of memory; try --dtype bfloat16, or less data at a time ({e})")
     except (KeyboardInterrupt, SystemExit) as e:
+        clear_line()
         notes = "; ".join(["interrupted", *getattr(e, "__notes__", [])])
         parser.exit(getattr(e, "code", 130), f"{parser.prog}: {notes}\n")
 
@@ -1038,22 +1049,24 @@ class Progress:
         self.printed = self.began
 
     def __call__(self, done, total, more=""):
+        if done == total and self.quiet:
+            clear_line()
+            return
         now = time.time()
         terminal = sys.stdout.isatty()
-        at_end = done == total
         wait = 0.2 if terminal else max(2, (now - self.began) / 10)
-        if at_end and self.quiet:
+        if now - self.printed < wait and done < total:
+            return
+
+        self.printed = now
+        seconds_each = (now - self.began) / (done - self.start)
+        minutes_left = seconds_each * (total - done) / 60
+        times = f"{1000 * seconds_each:.1f} ms each, {minutes_left:.1f} min left"
+        line = f"{self.what} {done}/{total}  {times}  {more}".rstrip()
+        if terminal:
             clear_line()
-        elif at_end or now - self.printed >= wait:
-            self.printed = now
-            seconds_each = (now - self.began) / (done - self.start)
-            minutes_left = seconds_each * (total - done) / 60
-            times = f"{1000 * seconds_each:.1f} ms each, {minutes_left:.1f} min left"
-            line = f"{self.what} {done}/{total}  {times}  {more}".rstrip()
-            if terminal:
-                clear_line()
-                line = line[: shutil.get_terminal_size().columns - 1]
-            print(line, end="\r" if terminal and not at_end else "\n", flush=True)
+            line = line[: shutil.get_terminal_size().columns - 1]
+        print(line, end="\r" if terminal and done < total else "\n", flush=True)
 
 
 # ---- What the command lines share: flags ---------------------------------------------------------
@@ -1117,8 +1130,7 @@ def pick_device(device_name, dtype_name):
     """(torch.device, torch.dtype) from --device and --dtype, which may be None. Raises ValueError
     for a device that is not there."""
     with named(f"--device {device_name} is not there", (RuntimeError, AssertionError)):
-        first = torch.accelerator.current_accelerator() or "cpu"
-        device = torch.device(device_name or first)
+        device = torch.device(device_name or torch.accelerator.current_accelerator() or "cpu")
         torch.empty(0, device=device)
     if dtype_name is None:
         dtype_name = "float32" if device.type == "cpu" else "bfloat16"

@@ -1,6 +1,5 @@
 """eval.py pairs, and the prompts that it reads."""
 
-import gzip
 import json
 import random
 import subprocess
@@ -242,8 +241,6 @@ def text_of(*rows):
 def test_prompts(tmp_path, name, text, prompts):
     (tmp_path / name).write_text(text)
     assert read_prompts(tmp_path / name) == prompts
-    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
-    assert read_prompts(tmp_path / f"{name}.gz") == prompts
 
 
 @pytest.mark.parametrize(

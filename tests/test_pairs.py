@@ -392,7 +392,7 @@ COLUMNS = "question,matching,not_matching\n"
         ("x.jsonl", b'\n["a"]\n', ":2: not a value for each named column: ['a']"),
         ("x.jsonl", b'{"prompt": "\xe9"}', "'utf-8' codec can't decode byte 0xe9"),
         ("x.jsonl", b'{"a":' * 100_000, ": line 1: it is nested too deeply"),
-        ("x.json", b"[" * 100_000, "recursion"),
+        ("x.json", b"[" * 100_000, "it is nested too deeply"),
         ("x.json", b"7", "it holds one object, not a list of records"),
         ("x.json", b'{"prompt": ["a"], "chosen": ["b"]}', "it holds one object, not a list"),
         # CSV
