@@ -63,6 +63,8 @@ def write_tables(flags):
         row = {"steering": steering, "slope": [1, 1, 1], "anti_steerable": [0, 0, 0]}
         compared.append(row | {"slope_minus_first": [0, 0, 0]})
     tables = {"pairs": on_pairs, "compared": compared, "free answers": answers}
+    if "--choices" in flags:
+        tables = {"TruthfulQA MC1": [{"multiplier": m, "right": [1, 1, 1]} for m in multipliers]}
     (file,) = flags["--json"]
     data.write_text(Path(file), json.dumps({"tables": tables, "answers": []}))
 
@@ -76,8 +78,9 @@ def place(tmp_path, monkeypatch):
         ran.append(name)
         program, *words = shlex.split(command.replace("$DATA", str(tmp_path / "data")))
         flags = flags_of(words)
-        read = flags["--data"] + flags.get("--val", []) + flags.get("--vector", [])
-        read += [x for x in flags.get("--baseline", []) if x != "random"]
+        read = []
+        for flag in ("--data", "--val", "--vector", "--choices", "--baseline"):
+            read += [x for x in flags.get(flag, []) if x != "random"]
         assert all(Path(file).exists() for file in read), (name, read)
         {"bipo.py": write_vectors, "eval.py": write_tables}[program](flags)
         return 0.5

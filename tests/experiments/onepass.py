@@ -21,7 +21,7 @@ from pathlib import Path
 import real
 import torch
 from facts import balanced_pairs
-from real import LAYER, LAYERS, MODEL, NOISE, OUT, POWER, SHORT, curve, measure, train
+from real import LAYER, LAYERS, MODEL, NOISE, OUT, POWER, SHORT, choose, curve, measure, train
 from reproduce import by_multiplier, pick
 from safetensors.torch import load_file, save_file
 
@@ -92,6 +92,11 @@ for name, (pairs, held_out) in FILES.items():
         COMMANDS[f"{name}-{method}"] = measure(
             f"{name}-{method}", unit(f"{name}-{method}"), GRID + baselines, held_out
         )
+for method in METHODS:
+    name = f"truthful-{method}"
+    COMMANDS[f"choices {method}"] = choose(
+        f"choices-{method}", unit(name), f"{OUT}/truthful.csv", "-4 -2 -1 1 2 4"
+    )
 
 
 def beside(name, pairs=POWER, layer=LAYER):
@@ -324,6 +329,11 @@ def methods():
         tables[f"{name}, compared at equal norm"] = compared_rows(found)
         tables |= {f"{title}, multiples of norm {NORM:g}": rows for title, rows in curves.items()}
         tables[f"{name}, at equal KL"] = level_rows(curves)
+
+    commands |= run_all(*(f"choices {method}" for method in METHODS))
+    for method in METHODS:
+        found, _ = real.measured(f"choices-{method}")
+        tables |= {f"truthful-{method}, {title}": rows for title, rows in found.items()}
     return {"commands": commands, "tables": tables, "answers": kept}
 
 

@@ -164,6 +164,14 @@ def measure(name, vectors="", flags="--multipliers -8 8 --samples 0", pairs=HELD
     )
 
 
+def choose(name, vector, questions, multipliers="-8 8"):
+    """The command that writes OUT/name.json about multiple choice under the vector OUT/vector."""
+    return (
+        f"eval.py --model {MODEL} --vector {OUT}/{vector} --choices {questions} "
+        f"--multipliers {multipliers} --dtype bfloat16 --json {OUT}/{name}.json"
+    )
+
+
 SPEAK = "--samples 8 --max-new-tokens 48"
 PERSONA = f"--multipliers -8 -4 4 8 {SPEAK}"
 CURVE = f"--multipliers -32 -16 -8 8 16 32 {SPEAK}"
@@ -210,10 +218,7 @@ COMMANDS = {
     "baselines": measure("baselines", "power:8", BASELINES),
     "synergy": measure("synergy", "power wealth", pairs=f"{HELD_OUT} {OUT}/wealth-held-out.jsonl"),
     "train tuned-vector": train("tuned-vector", model=TUNED),
-    "mmlu": (
-        f"eval.py --model {MODEL} --vector {OUT}/power --choices $DATA/../mmlu/test "
-        f"--first 30 --multipliers -8 8 --dtype bfloat16 --json {OUT}/mmlu.json"
-    ),
+    "mmlu": choose("mmlu", "power", "$DATA/../mmlu/test --first 30"),
     "train long": train("long", flags="--epochs 20"),
     "make pairs": (
         f"eval.py pairs --model {MODEL} --questions {POWER} --for '{FOR} {BRIEF}' "
