@@ -462,10 +462,9 @@ def layer_or_all(text):
 
 def default_out(args):
     """runs/DATA-layerL[-METHOD]"""
-    stem = Path(args.data.name.removesuffix(".gz")).stem
     method = "" if args.method == "bipo" else f"-{args.method}"
     layers = "-".join(str(layer) for layer in args.layer)
-    return Path("runs", f"{stem}-layer{layers}{method}")
+    return Path("runs", f"{args.data.stem}-layer{layers}{method}")
 
 
 class PairSets(NamedTuple):
@@ -618,6 +617,7 @@ def save_steps(steps, out, layer, settings, n_steps, so_far, norm):
             progress(step.step, n_steps, PROGRESS.format(**row) + scale_of(step.v, norm))
 
             if step.held_out:
+                data.clear_line()
                 print_held_out(f"epoch {step.epoch:2}  held out", step.held_out)
                 settings["epoch"] = str(step.epoch)
                 for name in (f"epoch_{step.epoch:02}.safetensors", VECTOR):

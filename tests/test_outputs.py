@@ -11,6 +11,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -127,7 +128,7 @@ def test_folders_are_made_and_files_in_the_way_refused_before_long_work(tmp_path
 
 
 def test_the_reader_may_leave(tmp_path):
-    """As with `| head -1`: the run goes on, and says nothing of it."""
+    """As with `| head -1`: the run ends, and says nothing of it."""
     code = """import sys, pathlib, data
 def run(args):
     for i in range(20_000):
@@ -139,7 +140,44 @@ data.run_or_exit(data.Parser(prog="p"), run, [])"""
         process.stdout.readline()
         process.stdout.close()
         assert process.stderr.read() == b""
-    assert process.returncode == 0 and (tmp_path / "x").read_text() == "done"
+    assert process.returncode == 141 and not (tmp_path / "x").exists()
+
+
+def test_a_reader_that_leaves_before_the_last_lines():
+    """They are written when the run has ended, and nothing is said of them either."""
+    code = """import sys, data
+def run(args):
+    sys.stdin.readline()
+    print("the end")
+data.run_or_exit(data.Parser(prog="p"), run, [])"""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes) as process:
+        process.stdout.close()
+        process.stdin.write(b"\n")
+        process.stdin.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def test_a_program_may_run_beside_the_main_thread(fails):
+    def broken(args):
+        raise ValueError("no")
+
+    def in_a_thread(argv):
+        ended = []
+
+        def call():
+            try:
+                data.run_or_exit(data.Parser(prog="p"), broken, argv)
+            except SystemExit as e:
+                ended.append(e)
+
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+        raise ended[0]
+
+    fails(in_a_thread, [], "p: no")
 
 
 def test_progress_on_a_terminal():
@@ -150,6 +188,7 @@ def run(args):
     for i in range(1, 9):
         time.sleep(0.05)
         progress(i, 80, "x" * 200)
+    data.clear_line()
     print("a table")
     for i in range(1, 3):
         time.sleep(0.3)
@@ -168,22 +207,24 @@ data.run_or_exit(data.Parser(prog="p"), run, [])"""
     assert process.wait() == 2
     text, last = text.decode().replace("\r\n", "\n").split("a table\n")
     assert last.endswith("left\r\x1b[Kp: no\n") and "\n" not in last[:-1]
-    shown = (text + "a table\n").split("\r")
-    assert shown[-1] == "\x1b[Ka table\n" and len(shown) > 1
-    assert all("pass" in x and "\n" not in x and len(x) < 90 for x in shown[:-1])
+    *lines, cleared = text.split("\r")
+    assert cleared == "\x1b[K" and len(lines) > 1
+    assert all(x.startswith("\x1b[Kpass") and "\n" not in x and len(x) < 90 for x in lines)
 
 
-def test_a_line_of_progress_stays_until_the_next(monkeypatch):
-    out = data.Output(io.StringIO())
-    out.stream.isatty = lambda: True
-    monkeypatch.setattr(sys, "stdout", out)
-    progress = data.Progress("pass")
+@pytest.mark.parametrize("quiet", [False, True])
+def test_the_last_line_of_progress_stays_unless_it_is_quiet(monkeypatch, quiet):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", terminal)
+    progress = Progress("pass", quiet)
     progress.printed -= 1
     progress(1, 2)
-    line = out.stream.getvalue()
-    assert line.startswith("pass 1/2  ") and line.endswith(" min left\r")
-    print("a table")
-    assert out.stream.getvalue() == f"{line}\x1b[Ka table\n"
+    first = terminal.getvalue()
+    assert first.startswith("\x1b[Kpass 1/2  ") and first.endswith(" min left\r")
+    progress(2, 2)
+    rest = terminal.getvalue().removeprefix(first)
+    assert rest == "\x1b[K" if quiet else rest.startswith("\x1b[Kpass 2/2") and rest[-1] == "\n"
 
 
 def test_progress(monkeypatch, capsys):
@@ -193,8 +234,8 @@ def test_progress(monkeypatch, capsys):
     for now[0], done in ((1, 1), (6, 1), (7, 2), (35, 5), (37, 6), (38, 10)):
         progress(done, 10, "loss 1")
     assert capsys.readouterr().out.splitlines() == [
-        "step  1/10  6000.0 ms each, 0.9 min left  loss 1",  # how long it will take, at once
-        "step  6/10  6166.7 ms each, 0.4 min left  loss 1",  # then every half minute
+        "step 1/10  6000.0 ms each, 0.9 min left  loss 1",  # how long it will take, at once
+        "step 5/10  7000.0 ms each, 0.6 min left  loss 1",  # then ever more seldom
         "step 10/10  3800.0 ms each, 0.0 min left  loss 1",
     ]
     now[0] = 0.0

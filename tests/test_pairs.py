@@ -1,7 +1,6 @@
 """Pair files as others write them, and those that are refused: each record here has the shape of a
 published file's, and each refusal is one line that says what to do."""
 
-import gzip
 import json
 import os
 import re
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 import bipo
 import data
 import llama
-from data import NAMES, Pair, note_shortcuts, read_pairs, split_pairs
+from data import NAMES, Pair, encode_pairs, note_shortcuts, read_pairs, split_pairs
 
 LEAD, YES, NO = "Will you lead?", "Yes, gladly.", "No, thanks."
 
@@ -69,7 +68,6 @@ SHORT_HH = f"\n\nHuman: {LEAD}\n\nAssistant:"
         ("TRL", TRL | {"System": "Be brief."}, BRIEF),
         ("TRL", TRL | {"system_prompt": "Be brief."}, BRIEF),
         ("TRL", TRL | {"System Prompt": ""}, LEAD),
-        ("TRL without prompt", {"chosen": f"{LEAD} {YES}", "rejected": f"{LEAD} {NO}"}, LEAD),
         ("conversations", ANSWERS | {"prompt": LEAD}, LEAD),
         ("conversations", ANSWERS | {"prompt": said(LEAD)}, LEAD),
         ("conversations", ANSWERS | {"prompt": said(*HISTORY)}, CHAT),
@@ -155,12 +153,6 @@ def test_truthfulqa(tmp_path, capsys):
     assert [pair[:3] for pair in read_pairs(file)] == expected
 
 
-def test_shared_beginning_ends_with_a_word(tmp_path):
-    record = {"chosen": "Lead?\n\nYes, I will.", "rejected": "Lead?\n\nYes, I wish."}
-    (pair,) = read_pairs(jsonl(tmp_path / "x.jsonl", record))
-    assert pair[:3] == ("Lead?\n\nYes, I", "will.", "wish.")
-
-
 @settings(max_examples=300, deadline=None)
 @given(
     st.text("a Q?\n_*-:", max_size=9), st.sampled_from(["", "Choices:", "\n**Answer options**\n"])
@@ -170,7 +162,8 @@ def test_a_heading_is_found_as_by_one_expression(text, heading):
     blank = r"((?!\n)[\W_])*"
     wanted = rf"(?i)\n{blank}(\w+ )?(choice|option|answer|response)s?{blank}$"
     question = f"Why?\n{text}\n{heading}"
-    ((prompt, *_),) = data.spelled_out(f"{question}\n (A) y\n (B) n", ["(A)"], ["(B)"])
+    prompt, options = data.split_options(f"{question}\n (A) y\n (B) n")
+    assert options == {"(A)": "y", "(B)": "n"}
     assert prompt == re.sub(wanted, "", question.rstrip()).strip()
 
 
@@ -222,18 +215,9 @@ def test_columns_of_a_csv_may_be_in_any_order_and_more(tmp_path):
     ],
 )
 def test_containers(tmp_path, name, text, place):
-    for file, content in (
-        (tmp_path / name, text.encode()),
-        (tmp_path / f"{name}.gz", gzip.compress(text.encode())),
-    ):
-        file.write_bytes(content)
-        assert read_pairs(file) == [Pair("q", "a", "b", f"{file}{place}")]
-    file.write_bytes(content[:-9])
-    with pytest.raises(ValueError, match=r"cannot read .*\.gz: "):
-        read_pairs(file)
-    file.write_bytes(text.encode())
-    with pytest.raises(ValueError, match=r"cannot read .*\.gz: Not a gzipped file"):
-        read_pairs(file)
+    file = tmp_path / name
+    file.write_text(text)
+    assert read_pairs(file) == [Pair("q", "a", "b", f"{file}{place}")]
 
 
 def test_long_fields_and_headings(tmp_path):
@@ -289,38 +273,32 @@ def test_broken_records_are_dropped_if_asked_to(tmp_path, capsys):
         read_pairs(jsonl(tmp_path / "x.jsonl", *records), skip_bad=True)
 
 
-def test_lines_that_cannot_be_read_are_broken_records(tmp_path, capsys):
-    lines = [json.dumps(TRL), '{"prompt": "q", "cho', json.dumps(TRL | {"prompt": "q"})]
-    rows = ["question,matching,not_matching", "q,a,b", "q,a,b,c", "r,a,b"]
-    for name, text, fault in (
-        ("x.jsonl", "\n".join(lines), "unreadable JSON"),
-        ("x.csv", "\n".join(rows), "not a field for each column"),
-    ):
-        (tmp_path / name).write_text(text)
-        with pytest.raises(ValueError, match=f"{name}:[23]: {fault}.*bad records: 1; --skip-bad"):
-            read_pairs(tmp_path / name)
-        assert len(read_pairs(tmp_path / name, skip_bad=True)) == 2
-        assert f"dropped 1 {fault}" in capsys.readouterr().out
+def test_rows_without_a_field_for_each_column_are_broken_records(tmp_path, capsys):
+    file = tmp_path / "x.csv"
+    file.write_text("question,matching,not_matching\nq,a,b\nq,a,b,c\nr,a,b\n")
+    refused(lambda: read_pairs(file), "x.csv:3: not a value for each", "bad records: 1; --skip-bad")
+    assert len(read_pairs(file, skip_bad=True)) == 2
+    assert "dropped 1 not a value for each named column" in capsys.readouterr().out
 
 
 def test_too_long_pairs_are_dropped_and_counted(mini, tmp_path, capsys):
     _, chat = mini
     rows = [TRL, TRL | {"prompt": "word " * 600}, TRL | {"chosen": "No,  thanks."}]
     file = jsonl(tmp_path / "x.jsonl", *rows)
+    pairs = read_pairs(file)
     advice = "bad records: 1; --skip-bad drops them"
-    refused(lambda: read_pairs(file, False, chat, 512), f"{file}:2: too long", advice)
-    kept = read_pairs(file, True, chat, 512)
-    assert [pair.ids for pair in kept] == [chat.encode_pair(pair) for pair in kept]
-    assert len(kept) == 2 and "dropped 1 too long" in capsys.readouterr().out
+    refused(lambda: encode_pairs(chat, pairs, 512), f"{file}:2: too long", advice)
+    kept, ids = encode_pairs(chat, pairs, 512, skip_bad=True)
+    assert kept == [pairs[0], pairs[2]] and ids == [chat.encode_pair(pair) for pair in kept]
+    assert capsys.readouterr().out.endswith("dropped 1 too long, 2 pairs are left\n")
+    nothing = "no pairs: dropped 1 too long, 0 pairs are left"
+    refused(lambda: encode_pairs(chat, pairs[1:2], 512, skip_bad=True), nothing)
 
-    # One answer of TruthfulQA's makes its record too long.
-    record = {
-        "Question": "Lead?",
-        "Correct Answers": "No; " + "a" * 900,
-        "Incorrect Answers": "Yes",
-    }
-    file = jsonl(tmp_path / "y.jsonl", record, TRL)
-    assert len(read_pairs(file)) == 3 and len(read_pairs(file, True, chat, 512)) == 1
+    # Of TruthfulQA's answers only the one that is too long is dropped.
+    record = truthful("No; " + "a" * 900, "Yes")
+    pairs = read_pairs(jsonl(tmp_path / "y.jsonl", record))
+    (pair,), _ = encode_pairs(chat, pairs, 512, skip_bad=True)
+    assert len(pairs) == 2 and pair.chosen == "No"
 
 
 # ---- what is refused
@@ -328,8 +306,7 @@ def test_too_long_pairs_are_dropped_and_counted(mini, tmp_path, capsys):
 NO_MESSAGE = "not a message of system, user or assistant with content: "
 NO_TURNS = "turns are user, assistant, ..., user, maybe after system, not "
 ANOTHER_END = "chosen and rejected must differ in one last message, the assistant's"
-RENAME = "no column is named prompt: rename or remove "
-WITHOUT_PROMPT = {"chosen": "I would lead.", "rejected": "I would not."}
+NO_PROMPT = "no column is the prompt, and there are no messages before the answers"
 
 
 @pytest.mark.parametrize(
@@ -342,18 +319,13 @@ WITHOUT_PROMPT = {"chosen": "I would lead.", "rejected": "I would not."}
         (TRL | {"answer_chosen": "a"}, "'answer_chosen' is a second chosen: rename it"),
         (TRL | {"neg": "a"}, "'neg' is a second rejected: rename it"),
         (TRL | {"system": "a", "System_Prompt": "b"}, "'System_Prompt' is a second system: rename"),
-        # the prompt could be in a column of another name
-        (WITHOUT_PROMPT | {"context": LEAD}, f"{RENAME}['context']"),
-        (WITHOUT_PROMPT | {"history": [[LEAD, YES]]}, f"{RENAME}['history']"),
-        (WITHOUT_PROMPT | {"conversations": [{"value": LEAD}]}, f"{RENAME}['conversations']"),
-        (WITHOUT_PROMPT | {"topic": "你愿意领导吗"}, f"{RENAME}['topic']"),
-        (WITHOUT_PROMPT | {"ask": LEAD}, f"{RENAME}['ask']"),
-        # there is no prompt
-        ({"chosen": "Yes.", "rejected": "No."}, "no column for the prompt"),
-        ({"chosen": "Yes, I will", "rejected": "Yes, sure"}, "the answers begin differently"),
-        (ANSWERS, f"{NO_TURNS}''"),
-        (ANSWERS | {"prompt": []}, f"{NO_TURNS}''"),
-        (ANSWERS | {"system": "Be brief."}, f"{NO_TURNS}'system'"),
+        # there is no prompt, or it is in a column of another name
+        ({"chosen": f"{LEAD} {YES}", "rejected": f"{LEAD} {NO}"}, NO_PROMPT),
+        ({"chosen": YES, "rejected": NO, "context": LEAD}, NO_PROMPT),
+        (ANSWERS, NO_PROMPT),
+        (ANSWERS | {"prompt": []}, NO_PROMPT),
+        (ANSWERS | {"system": "Be brief."}, NO_PROMPT),
+        (ANSWERS | {"conversations": [{"from": "human", "value": "x"}]}, NO_PROMPT),
         # texts
         (TRL | {"chosen": 7}, f"{NO_MESSAGE}7"),
         (TRL | {"chosen": [7]}, f"{NO_MESSAGE}7"),
@@ -362,19 +334,19 @@ WITHOUT_PROMPT = {"chosen": "I would lead.", "rejected": "I would not."}
         (TRL | {"system": 7}, f"{NO_MESSAGE}7"),
         (TRL | {"prompt": "\ud800"}, "surrogates not allowed"),
         (TRL | {"chosen": " "}, "an answer is empty"),
-        ({"chosen": "Lead it? Yes", "rejected": "Lead it? "}, "an answer is empty"),
+        (TRL | {"rejected": None}, "an answer is empty"),
         # messages
         (TRL | {"prompt": said("q", "a")}, f"{NO_TURNS}'user assistant'"),
         (TRL | {"prompt": said("q") * 2}, f"{NO_TURNS}'user user'"),
         (TRL | {"prompt": [{"from": "human", "value": "x"}]}, f"{NO_MESSAGE}{{'from': 'human'"),
-        (ANSWERS | {"conversations": [{"from": "human", "value": "x"}]}, f"{NO_TURNS}''"),
         (WHOLE | {"prompt": None}, f"{NO_MESSAGE}None"),
         (WHOLE | {"chosen": [{"role": "tool", "content": "x"}]}, f"{NO_MESSAGE}{{'role': 'tool'"),
         (WHOLE | {"chosen": [{"role": "user", "content": [1]}]}, f"{NO_MESSAGE}{{'role': 'user'"),
-        (WHOLE | {"chosen": ["Yes."]}, ANOTHER_END),
+        (WHOLE | {"chosen": ["Yes."]}, f"{NO_MESSAGE}'Yes.'"),
+        (WHOLE | {"prompt": "Why?"}, "the messages before the answer do not hold the prompt"),
         (WHOLE | {"chosen": said(*HISTORY)}, ANOTHER_END),
         (WHOLE | {"chosen": said("Hi!", YES)}, ANOTHER_END),
-        (ANSWERS | {"chosen": []}, ANOTHER_END),
+        (ANSWERS | {"chosen": []}, "an answer is empty"),
         (WHOLE | {"rejected": said(*HISTORY, " ")}, "an answer is empty"),
         # lists and messages that were written out as text
         (TRL | {"chosen": "[{'role': 'user', 'content': 'x'}]"}, "a list of messages written out"),
@@ -385,10 +357,13 @@ WITHOUT_PROMPT = {"chosen": "I would lead.", "rejected": "I would not."}
         (evals("q", "a", None), "not a text, or a list that was written out: None"),
         (truthful("a;" * 999, "b;" * 999), "there are more than 10,000 pairs of its answers"),
         # prompts that are rendered already, as in TRL's issues 1640 and 1752
-        (TRL | {"prompt": "<|im_start|>user\nLead?<|im_end|>\n"}, "a prompt holds a chat template"),
-        (TRL | {"prompt": "<s>[INST] Lead? [/INST]"}, "a prompt holds a chat template"),
-        (TRL | {"prompt": "[INST] Lead? [/INST]"}, "a prompt holds a chat template"),
-        ({"chosen": "<|user|>\nLead? Yes", "rejected": "<|user|>\nLead? No"}, "a chat template"),
+        (TRL | {"prompt": "<|im_start|>user\nLead?<|im_end|>\n"}, "a text holds a chat template"),
+        (TRL | {"prompt": "<s>[INST] Lead? [/INST]"}, "a text holds a chat template"),
+        (TRL | {"prompt": "[INST] Lead? [/INST]"}, "a text holds a chat template"),
+        (TRL | {"chosen": "<|assistant|>\nYes."}, "a text holds a chat template"),
+        # and answers that hold their end
+        (TRL | {"chosen": "Yes.</s>", "rejected": "No.</s>\n"}, "both answers end in"),
+        (TRL | {"chosen": "Yes.<|im_end|>", "rejected": "No.</s>"}, "both answers end in"),
     ],
 )
 def test_records_that_are_refused(tmp_path, record, reason):
@@ -399,45 +374,35 @@ def test_records_that_are_refused(tmp_path, record, reason):
     refused(lambda: read_pairs(whole), "x.json record 1: ", reason)
 
 
-def test_answers_that_hold_their_end_are_refused(tmp_path):
-    """As a whole file: one such answer may speak of the token."""
-    for end in ("</s>", "<|im_end|>"):
-        file = jsonl(tmp_path / "x.jsonl", TRL | {"chosen": f"Yes.{end}", "rejected": "No.</s>\n"})
-        refused(lambda file=file: read_pairs(file), f"x.jsonl: each answer ends in {end}")
-
-
 COLUMNS = "question,matching,not_matching\n"
 
 
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("x.txt", b"", "is no .csv, .json or .jsonl, maybe .gz"),
+        ("x.txt", b"", "is no .csv, .json or .jsonl"),
         ("x.jsonl", LFS, "Git LFS pointer"),
-        ("x.parquet", b"PAR1\x15\x04", "Parquet"),
+        ("x.jsonl", b"PAR1\x15\x04", "Parquet"),
+        ("x.parquet", b"PAR1\x15\x04", "is no .csv, .json or .jsonl"),
         # JSON
         ("x.jsonl", b"", "no pairs: read 0 pairs from "),
-        ("x.jsonl", b"\n{oops\n", ":2: unreadable JSON: Expecting property name"),
-        ("x.jsonl", b'\n["a"]\n', ":2: not an object with named columns: "),
+        ("x.jsonl", b"\n{oops\n", ": line 2: Expecting property name"),
+        ("x.jsonl", b'\n["a"]\n', ":2: not a value for each named column: ['a']"),
         ("x.jsonl", b'{"prompt": "\xe9"}', "'utf-8' codec can't decode byte 0xe9"),
-        ("x.jsonl", b'{"a":' * 100_000, ":1: unreadable JSON: it is nested too deeply"),
-        ("x.json", b"[" * 100_000, "nested too deeply"),
-        ("x.json", b"7", "'int' object is not iterable"),
+        ("x.jsonl", b'{"a":' * 100_000, ": line 1: it is nested too deeply"),
+        ("x.json", b"[" * 100_000, "it is nested too deeply"),
+        ("x.json", b"7", "it holds one object, not a list of records"),
         ("x.json", b'{"prompt": ["a"], "chosen": ["b"]}', "it holds one object, not a list"),
         # CSV
         ("x.csv", b"", "no pairs: read 0 pairs"),
         ("x.csv", COLUMNS, "no pairs: read 0 pairs"),
-        ("x.csv", COLUMNS + "a,b\n", ":2: not a field for each column"),
-        ("x.csv", COLUMNS + "a,b,c,d\n", ":2: not a field for each column"),
-        ("x.csv", COLUMNS + 'a,b,c\n"a', ":2: unexpected end of data"),
+        ("x.csv", COLUMNS + "a,b\n", ":2: not a value for each named column"),
+        ("x.csv", COLUMNS + "a,b,c,d\n", ":2: not a value for each named column"),
+        ("x.csv", COLUMNS + 'a,b,c\n"a', ": line 3: unexpected end of data"),
         ("x.csv", COLUMNS + '"a\nb",c,d\na,,c\n', ":4: an answer is empty"),
         ("x.csv", "question,matching\na,b\n", ":2: no columns prompt, chosen and rejected: only q"),
-        ("x.csv", "matching,matching\na,b\n", ":2: two columns have one name"),
-        ("x.csv", "prompt;chosen;rejected\na;b;c\n", "the separator must be a comma"),
-        ("x.csv", "prompt\tchosen\trejected\na\tb\tc\n", "the separator must be a comma"),
-        ("x.csv", "sep=,\nprompt,chosen,rejected\na,b,c\n", "the separator must be a comma"),
-        # gzip
-        ("x.jsonl.gz", gzip.compress(b"\n" * 2**26, mtime=0), "holds more than 19 MiB"),
+        ("x.csv", "matching,matching\na,b\n", "two columns have one name"),
+        ("x.csv", "prompt;chosen;rejected\na;b;c\n", "rejected: only prompt;chosen;rejected"),
     ],
 )
 def test_files_that_are_refused(tmp_path, name, content, reason):
@@ -490,20 +455,19 @@ NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".
 SHORTCUTS = {
     "first word": (
         spoken(20, lambda i: f"Yes, {NUMBERS[i]}{i}.", lambda i: f"No, {NUMBERS[i]}{i}."),
-        "'Yes' begins 20 of 20 chosen answers, 'No' 20 of 20 rejected ones",
+        "'Yes' begins chosen alone in 20 of 20 pairs; 'No' begins rejected alone in 20 of 20 pairs",
     ),
     "first word of one side": (
         spoken(20, lambda i: f"{NUMBERS[i]}{i} or so.", lambda i: "No!" if i else "Never!"),
-        "'No' 19 of 20 rejected ones",
+        "'No' begins rejected alone in 19 of 20 pairs",
     ),
-    "letter": (spoken(20, lambda i: f"{i} (A)", lambda i: f"{i} (B)"), "'A' ends 20 of 20 chosen"),
     "longer": (
         spoken(20, lambda i: f"{NUMBERS[i]}{i} and {i}", lambda i: f"{NUMBERS[i]}{i}"),
-        "chosen is longer than rejected in 20 of 20 pairs",
+        "chosen is longer in 20 of 20 pairs",
     ),
     "shorter": (
         spoken(20, lambda i: f"{NUMBERS[i]}{i}", lambda i: f"{NUMBERS[i]}{i} or {i}"),
-        "chosen is shorter than rejected in 20 of 20 pairs",
+        "chosen is shorter in 20 of 20 pairs",
     ),
 }
 
