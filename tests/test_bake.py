@@ -1,14 +1,15 @@
 """data.py bake: the steered model as an ordinary checkpoint."""
 
 import json
+import multiprocessing
+import os
+import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 import transformers
-from conftest import MINI, ROOT, names_in, refused, run_main, tokens_of
+from conftest import MINI, names_in, refused, run_main, tokens_of
 from safetensors.torch import load_file
 from test_checkpoints import as_pickle, change_config, change_tensors, shard
 from test_families import FAMILIES, make, shrunk
@@ -279,12 +280,15 @@ def test_a_failure_leaves_nothing(tmp_path, one, monkeypatch, broken):
 
 def test_a_kill_leaves_no_folder_of_that_name(tmp_path, one):
     """And what it leaves does not disturb the next run."""
-    code = "import os, signal, shutil, sys; import data\n"
-    code += "shutil.copyfile = lambda *args: os.kill(os.getpid(), signal.SIGKILL)\n"
-    code += "data.main(sys.argv[1:])"
-    words = ["bake", "--model", MINI, "--vector", one, "--out", tmp_path / "baked"]
-    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], cwd=ROOT)
-    assert done.returncode == -signal.SIGKILL
+
+    def killed():
+        shutil.copyfile = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+        bake(MINI, tmp_path / "baked", one)
+
+    process = multiprocessing.get_context("fork").Process(target=killed)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert names_in(tmp_path) == [".part-baked", "one.safetensors"]
     bake(MINI, tmp_path / "baked", one)
     assert names_in(tmp_path) == ["baked", "one.safetensors"]

@@ -180,31 +180,35 @@ def test_a_program_may_run_beside_the_main_thread(fails):
     fails(in_a_thread, [], "p: no")
 
 
-def test_progress_on_a_terminal():
+def test_progress_on_a_terminal(monkeypatch):
     """One line that is rewritten, narrower than the terminal; what follows takes its place."""
-    code = """import time, data
-def run(args):
-    progress = data.Progress("pass", quiet=True)
-    for i in range(1, 9):
-        time.sleep(0.05)
-        progress(i, 80, "x" * 200)
-    data.clear_line()
-    print("a table")
-    for i in range(1, 3):
-        time.sleep(0.3)
-        progress(i, 80)
-    raise ValueError("no")
-data.run_or_exit(data.Parser(prog="p"), run, [])"""
     ours, theirs = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=theirs, stderr=theirs, cwd=ROOT)
-    os.close(theirs)
+    terminal = open(theirs, "w")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(args):
+        progress = Progress("pass", quiet=True)
+        for i in range(1, 9):
+            time.sleep(0.05)
+            progress(i, 80, "x" * 200)
+        data.clear_line()
+        print("a table")
+        for i in range(1, 3):
+            time.sleep(0.3)
+            progress(i, 80)
+        raise ValueError("no")
+
+    with pytest.raises(SystemExit):
+        data.run_or_exit(data.Parser(prog="p"), run, [])
+    terminal.close()
     text = b""
     try:
         while part := os.read(ours, 4096):
             text += part
     except OSError:  # the other end is closed
-        pass
-    assert process.wait() == 2
+        os.close(ours)
     text, last = text.decode().replace("\r\n", "\n").split("a table\n")
     assert last.endswith("left\r\x1b[Kp: no\n") and "\n" not in last[:-1]
     *lines, cleared = text.split("\r")

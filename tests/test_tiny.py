@@ -198,10 +198,15 @@ def test_lora_makes_an_adapter_of_the_model_and_nothing_else(tmp_path, capsys):
     assert {file: file.stat().st_mtime_ns for file in TINY.rglob("*")} == before
 
 
+def ask_fewer(monkeypatch, n):
+    """Let the judge ask the first n questions of each file."""
+    read = make_tiny.read_jsonl
+    monkeypatch.setattr(make_tiny, "read_jsonl", lambda path: read(path)[:n])
+
+
 @pytest.mark.slow
 def test_judge_of_the_merged_model(merged, tmp_path, monkeypatch, capsys):
-    read = make_tiny.read_jsonl
-    monkeypatch.setattr(make_tiny, "read_jsonl", lambda path: read(path)[:4])
+    ask_fewer(monkeypatch, 4)
     save_vector(tmp_path / "v.safetensors", {3: torch.zeros(128)}, {})
     tables = []
     for flags in ([], ["--model", str(merged)]):
@@ -248,8 +253,7 @@ def test_the_demos_training(tiny, tuned, tmp_path, monkeypatch, epochs):
     if epochs == 3:
         few = jsonl(tmp_path / "few.jsonl", *asked("power.test", 40))
         flags += ["--epochs", 3, "--lr", 0.0032, "--val", few]
-        read = make_tiny.read_jsonl
-        monkeypatch.setattr(make_tiny, "read_jsonl", lambda path: read(path)[:100])
+        ask_fewer(monkeypatch, 60)
     run_main(bipo.main, *flags)
     assert len(list(out.glob("epoch_*"))) == epochs
     settings, *steps = map(json.loads, (out / "log.jsonl").read_text().splitlines())
@@ -278,6 +282,7 @@ def test_the_demos_training(tiny, tuned, tmp_path, monkeypatch, epochs):
 
 def test_the_demos_vector_of_one_pass_steers_as_the_trained_one_does(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
+    ask_fewer(monkeypatch, 60)
     flags = demo_flags(tmp_path / "run", "runs/$(BEHAVIOUR)-gradient")
     assert flags[-2:] == ["--method", "gradient"]
     run_main(bipo.main, *flags)

@@ -13,36 +13,6 @@ from small_tokenizers import BYTE_LEVEL, TEMPLATE_FILES, write_tokenizer_json
 import data
 import llama
 from bipo import Recipe, first_pass, train
-from llama import PairIds
-
-VENDORED = """\
-import sys
-import torch
-from bipo import Recipe, first_pass, train
-from llama import PairIds, load
-
-torch.set_num_threads(1)
-model = load(sys.argv[1])
-ids = [PairIds([1, 5, 9], [7, 8, 2], [30, 2]), PairIds([1, 60], [70, 2], [80, 90, 2])]
-pairs = first_pass(model, 1, ids)
-*_, last = train(model, 1, pairs, pairs, Recipe(epochs=3, warmup_steps=0, batch_size=1))
-torch.save(last.v, "v.pt")
-assert "data" not in sys.modules
-"""
-
-
-def test_two_files_in_an_empty_folder_train_the_same_vector(tmp_path):
-    for name in ("bipo.py", "llama.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    command = [sys.executable, "-c", VENDORED, str(MINI)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    ids = [PairIds([1, 5, 9], [7, 8, 2], [30, 2]), PairIds([1, 60], [70, 2], [80, 90, 2])]
-    model = llama.load(MINI)
-    pairs = first_pass(model, 1, ids)
-    *_, last = train(model, 1, pairs, pairs, Recipe(epochs=3, warmup_steps=0, batch_size=1))
-    assert last.v.norm() > 0
-    assert torch.equal(torch.load(tmp_path / "v.pt"), last.v)
 
 
 @pytest.fixture
