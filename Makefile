@@ -25,7 +25,8 @@ test: .venv/dev
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 
-# When you changed what these guard (long pairs, a full disk, copying files out): the other tests.
+# When you changed what these guard (killed runs, several processes, long pairs, the whole demo):
+# the other tests, in eight minutes.
 test-slow: .venv/dev
 	$(PY) -m pytest -q tests -m slow
 

@@ -131,3 +131,11 @@ def test_the_flags_of_the_commands_exist(capsys, program):
 def test_every_test_that_is_named_exists():
     for file, test in re.findall(r"`(tests/\w+\.py)(?:::(\w+))?`", README):
         assert f"def {test}" in (ROOT / file).read_text()
+
+
+def test_the_map_of_the_tests_names_each_file():
+    map_of_tests = (ROOT / "tests" / "README.md").read_text()
+    for file in (ROOT / "tests").glob("*"):
+        assert f"`{file.name}" in map_of_tests or file.name in ("README.md", "__pycache__"), file
+    for name in re.findall(r"`(\w+\.py)`", map_of_tests):
+        assert (ROOT / "tests" / name).exists() or (ROOT / name).exists(), name
