@@ -7,9 +7,10 @@ The steering vector of layer L is added to the residual stream *after* block L, 
 place is `hidden_states[L + 1]` in transformers and `direction.L` in a llama.cpp control vector.
 
 Architecture: Touvron et al. 2023, https://arxiv.org/abs/2307.09288; rotary embedding: Su et al.
-2021, https://arxiv.org/abs/2104.09864. Mistral is the same network; Qwen2 adds biases to q, k, v.
-Weights are read as Hugging Face saves them; logits equal transformers' (tests/test_llama.py,
-tests/test_families.py). Needs torch and safetensors, nothing else of this project. MIT licence.
+2021, https://arxiv.org/abs/2104.09864. Mistral is the same network; Qwen2 adds biases to q, k, v;
+Qwen3 has none, but norms of each head's q and k. Weights are read as Hugging Face saves them;
+logits equal transformers' (tests/test_llama.py, tests/test_families.py). Needs torch and
+safetensors, nothing else of this project. MIT licence.
 
 Notation: B batch, T tokens of this pass, S keys (cached + T), H heads, K kv heads, D head_dim.
 """
@@ -17,6 +18,7 @@ Notation: B batch, T tokens of this pass, S keys (cached + T), H heads, K kv hea
 import json
 import math
 import pickle
+import re
 import warnings
 from collections.abc import Collection
 from contextlib import contextmanager
@@ -46,6 +48,9 @@ class Config:
     rope_theta: float = 10000.0
     rope_scaling: tuple = ()  # the numbers that ROPE_SCALING lists for one of its kinds
     qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False  # of gate, up and down
+    qk_norm: bool = False  # each head's q and k have a norm
     max_seq_len: int = 4096  # tokens; longer input is refused
     tied: bool = False  # the head is the embedding, transposed
     family: str = "llama"  # a key of FAMILIES
@@ -152,15 +157,17 @@ class Attention(nn.Module):
         self.wq = nn.Linear(c.dim, c.n_heads * c.head_dim, bias=c.qkv_bias)
         self.wk = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
         self.wv = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.wo = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
+        self.wo = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=c.o_bias)
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x, cos, sin, mask, cache, layer):
         xq = self.split_heads(self.wq(x))  # (B, H, T, D)
         xk = self.split_heads(self.wk(x))  # (B, K, T, D)
         xv = self.split_heads(self.wv(x))  # (B, K, T, D)
 
-        xq = rotate(xq, cos, sin)
-        xk = rotate(xk, cos, sin)
+        xq = rotate(self.q_norm(xq), cos, sin)
+        xk = rotate(self.k_norm(xk), cos, sin)
         if cache:
             xk, xv = cache.extend(layer, xk, xv)  # (B, K, S, D)
 
@@ -178,9 +185,9 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.w1 = nn.Linear(c.dim, c.hidden_dim, bias=False)
-        self.w2 = nn.Linear(c.hidden_dim, c.dim, bias=False)
-        self.w3 = nn.Linear(c.dim, c.hidden_dim, bias=False)
+        self.w1 = nn.Linear(c.dim, c.hidden_dim, bias=c.mlp_bias)
+        self.w2 = nn.Linear(c.hidden_dim, c.dim, bias=c.mlp_bias)
+        self.w3 = nn.Linear(c.dim, c.hidden_dim, bias=c.mlp_bias)
 
     def forward(self, x):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -289,9 +296,10 @@ class Llama(nn.Module):
 
     def forward(self, tokens: Tensor, positions=None, mask=None, cache=None, steer=None) -> Tensor:
         """Token ids (B, T) -> logits (B, T, vocab_size). For the other arguments see `blocks`.
-        Raises ValueError for a layer that is not there and for input longer than the context."""
+        Raises ValueError for a vector that does not fit and for input longer than the context."""
         past = cache.length if cache else 0
         check_fit(self.config, steer or {}, past + tokens.shape[1])
+        check_vectors(self.config, steer or {})
         h = self.embed(tokens)
         h = self.blocks(h, 0, self.config.n_layers, positions, mask, cache, steer)
         return self.head(h)
@@ -304,6 +312,14 @@ def check_fit(config: Config, layers: Collection[int], n_tokens: int):
             raise ValueError(f"no layer {layer}: the model has layers 0..{config.n_layers - 1}")
     if n_tokens > config.max_seq_len:
         raise ValueError(f"{n_tokens} tokens exceed the model's context of {config.max_seq_len}")
+
+
+def check_vectors(config: Config, steer: dict[int, Tensor]):
+    """Raises ValueError for a vector that cannot be added to the stream, (..., dim) and float."""
+    for layer, v in steer.items():
+        if v.shape[-1:] != (config.dim,) or not v.is_floating_point():
+            found = f"the vector of layer {layer} is {v.dtype} {list(v.shape)}"
+            raise ValueError(f"{found}, but the model needs float numbers, {config.dim} of them")
 
 
 # ---- Packing -------------------------------------------------------------------------------------
@@ -388,7 +404,10 @@ FAMILIES = {
     "llama": dict(max_position_embeddings=2048),
     "mistral": dict(max_position_embeddings=131072, num_key_value_heads=8, sliding_window=4096),
     "qwen2": dict(max_position_embeddings=32768, num_key_value_heads=32),
+    "qwen3": dict(max_position_embeddings=32768, num_key_value_heads=32, head_dim=128),
 }
+
+QUANTIZED = "the weights are quantized ({}): take the checkpoint that they were made from"
 
 ROPE_SCALING = {  # rope_type: its numbers
     "default": [],
@@ -404,7 +423,7 @@ IMPLEMENTED = dict(
 
 # Fields that do not change what is computed here. Any other field that `parse_config` does not use
 # is refused by name, because it could mean another network. sliding_window is Mistral's alone;
-# Qwen2's is off unless use_sliding_window is set, which is refused.
+# Qwen's is off unless use_sliding_window is set, which is refused.
 INERT_FIELDS = """
     _attn_implementation_autoset _name_or_path architectures attention_dropout bos_token_id
     chunk_size_feed_forward do_sample dtype eos_token_id id2label initializer_range is_decoder
@@ -461,13 +480,33 @@ def read_json(file: Path) -> dict:
     return value
 
 
+# What may stand in a folder instead of a checkpoint.
+OTHER_KINDS = {
+    "adapter_config.json": "an adapter; merge it: PeftModel.from_pretrained(MODEL, ADAPTER)"
+    ".merge_and_unload().save_pretrained(FOLDER), and copy the tokenizer's files there",
+    "params.json": "Meta's files; take the checkpoint in Hugging Face's format",
+    "*.gguf": "weights for llama.cpp; take the checkpoint that they were made from",
+    "*onnx*": "weights for ONNX; take the checkpoint that they were made from",
+}
+
+
+def refuse_other_kinds(path, patterns=OTHER_KINDS):
+    """Raises ValueError if the folder holds a file of these names, keys of OTHER_KINDS."""
+    for pattern in patterns:
+        if any(path.glob(pattern)):
+            raise ValueError(f"{path} holds {OTHER_KINDS[pattern]}")
+
+
 def read_config(path: str | Path) -> Config:
     """The Config of the checkpoint in folder `path`. Raises ValueError for a field that is missing,
     malformed or not implemented."""
-    file = Path(path) / "config.json"
-    if not file.is_file() and Path(path, "params.json").is_file():
-        raise ValueError(f"{path} holds Meta's files; take the checkpoint in Hugging Face's format")
+    path = Path(path)
+    file = path / "config.json"
+    if path.is_file():
+        raise ValueError(f"{path} is a file; a model is a folder in Hugging Face's format")
+    refuse_other_kinds(path, ["adapter_config.json"] if file.is_file() else OTHER_KINDS)
     fields = read_json(file)
+
     try:
         return parse_config(fields)
     except KeyError as e:
@@ -476,12 +515,32 @@ def read_config(path: str | Path) -> Config:
         raise ValueError(f"{file}: {e}") from None
 
 
+def read_eos_ids(path: str | Path) -> list[int]:
+    """The ids at which generation ends, as generation_config.json in folder `path` lists them or,
+    without such a file, config.json; maybe none. Raises ValueError for what is no id."""
+    file = Path(path, "generation_config.json")
+    if not file.is_file():
+        file = Path(path, "config.json")
+    listed = read_json(file).get("eos_token_id")
+    if listed is None:
+        return []
+    ids = listed if isinstance(listed, list) else [listed]
+    for i in ids:
+        if type(i) is not int or i < 0:
+            raise ValueError(f"{file}: eos_token_id = {listed!r}, but an id is an int >= 0")
+    return ids
+
+
 def parse_config(said: dict) -> Config:
     """The Config that the fields of a config.json mean. Raises KeyError for one that is missing,
     ValueError, TypeError or ArithmeticError for what is malformed or not implemented."""
     family = said.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"model_type {family!r} is not implemented; {', '.join(FAMILIES)} are")
+    quantized = said.get("quantization_config")
+    if quantized:
+        kind = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise ValueError(f"quantization_config: {QUANTIZED.format(kind)}")
 
     # What the file says, over what transformers assumes of the family. A null takes that back.
     merged = FAMILIES[family] | said
@@ -501,6 +560,11 @@ def parse_config(said: dict) -> Config:
     if family == "mistral":
         max_seq_len = min(max_seq_len, fields.pop("sliding_window", max_seq_len))
     rope_theta, rope_scaling = pop_rope(fields)
+
+    # Other families have their biases, or none, in any case; here True is refused below.
+    attention_bias = family in ("llama", "qwen3") and fields.pop("attention_bias", False)
+    mlp_bias = family == "llama" and fields.pop("mlp_bias", False)
+
     config = Config(
         dim=fields.pop("hidden_size"),
         n_layers=fields.pop("num_hidden_layers"),
@@ -512,7 +576,10 @@ def parse_config(said: dict) -> Config:
         norm_eps=fields.pop("rms_norm_eps"),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
-        qkv_bias=family == "qwen2",
+        qkv_bias=attention_bias or family == "qwen2",
+        o_bias=attention_bias,
+        mlp_bias=mlp_bias,
+        qk_norm=family == "qwen3",
         max_seq_len=max_seq_len,
         tied=fields.pop("tie_word_embeddings"),
         family=fields.pop("model_type"),
@@ -550,6 +617,7 @@ def weight_files(path):
         index = path / f"{name}.index.json"
         if index.is_file():
             return indexed_files(index)
+    refuse_other_kinds(path)
     raise ValueError(f"{path} holds no model.safetensors, no pytorch_model.bin and no index of one")
 
 
@@ -622,15 +690,23 @@ class Checkpoint:
                 tensors.setdefault(name, tensor)
 
         # The model, whose weights take no memory yet. As in transformers 5, a head that was saved
-        # is not tied, whatever the config says.
-        if "lm_head.weight" in tensors:
+        # beside an embedding is not tied, whatever the config says.
+        if {"lm_head.weight", "model.embed_tokens.weight"} <= tensors.keys():
             config = replace(config, tied=False)
         with torch.device("meta"):
             self.model = Llama(config).eval().requires_grad_(False)
-        shapes = {hf_name(our): tuple(w.shape) for our, w in self.model.state_dict().items()}
+
+        # {our name: Hugging Face's}. What head and embedding share may have either's name.
+        weights = self.model.state_dict()
+        self.names = {our: hf_name(our) for our in weights}
+        if config.tied and "lm_head.weight" in tensors:
+            self.names["tok_embeddings.weight"] = "lm_head.weight"
+        shapes = {self.names[our]: tuple(weight.shape) for our, weight in weights.items()}
 
         # Each tensor is a weight, and each weight has its tensor.
         for name in sorted(tensors.keys() - shapes.keys()):
+            if re.search(r"qweight|scale|absmax", name):
+                raise ValueError(f"{path}: {QUANTIZED.format(name)}")
             if not name.endswith("rotary_emb.inv_freq"):  # old files carry this table
                 raise ValueError(f"{path} has the unknown tensor {name}")
         for name, shape in sorted(shapes.items()):
@@ -651,7 +727,7 @@ class Checkpoint:
 
         # {Hugging Face's name: ours} of their weights that are not there yet.
         lacking = [our for our, weight in self.model.state_dict().items() if weight.is_meta]
-        wanted = {hf_name(our): our for our in lacking if our.startswith(tuple(parts))}
+        wanted = {self.names[our]: our for our in lacking if our.startswith(tuple(parts))}
 
         # Each file is opened once, for all its weights.
         weights = {}
@@ -742,17 +818,21 @@ def prefill(model, prompts, max_len, steer):
 @torch.inference_mode()
 def stream(model, prompts, max_new_tokens, eos_id, steer=None, temperature=0, top_p=1, seed=0):
     """`generate`, step by step: yields {row: new id} of the rows that had not ended."""
+    if not prompts or not all(prompts):
+        raise ValueError("there is no prompt, or one has no tokens")
     device = model.device
     longest = max(len(prompt) for prompt in prompts)
     steer = steer or {}
     check_fit(model.config, steer, longest + max_new_tokens)
+    check_vectors(model.config, steer)
     if not (temperature >= 0 and 0 < top_p <= 1):
         raise ValueError(f"temperature {temperature} must be >= 0, top_p {top_p} in (0, 1]")
     ends = torch.tensor([eos_id] if isinstance(eos_id, int) else list(eos_id), device=device)
 
     # A random number for each row and step, so what a row says does not depend on the others.
     generator = torch.Generator().manual_seed(seed)
-    u = torch.rand(len(prompts), max_new_tokens, generator=generator).to(device)
+    u = torch.rand(len(prompts), max_new_tokens, dtype=torch.float32, generator=generator)
+    u = u.to(device)
 
     # The batch: the rows in it, which of them have not ended, their padding and their vectors.
     rows = torch.arange(len(prompts), device=device)

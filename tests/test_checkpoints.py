@@ -133,7 +133,7 @@ def test_tensors_that_the_index_does_not_list_are_unknown(model_folder):
         load(model_folder)
 
 
-@pytest.mark.parametrize("head", ["absent", "equal", "different"])
+@pytest.mark.parametrize("head", ["absent", "equal", "different", "alone"])
 def test_a_tied_checkpoint_is_read_as_transformers_reads_it(model_folder, head):
     """A head that was saved all the same counts if it differs from the embedding."""
     change_config(model_folder, tie_word_embeddings=True)
@@ -144,6 +144,8 @@ def test_a_tied_checkpoint_is_read_as_transformers_reads_it(model_folder, head):
             model_folder,
             lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}),
         )
+    if head == "alone":
+        change_tensors(model_folder, lambda w: w.pop("model.embed_tokens.weight"))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(model_folder).eval()
     tokens = tokens_of(1, 5)
     assert (load(model_folder)(tokens) - theirs(tokens).logits).abs().max() <= 1e-4
@@ -405,14 +407,13 @@ def test_the_stream_is_handed_on_to_the_device_of_a_block(monkeypatch):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("attention_bias", True),
-        ("mlp_bias", True),
         ("hidden_act", "gelu"),
         ("rope_scaling", {"type": "dynamic", "factor": 4.0}),
         ("rope_scaling", {"type": "linear", "factor": 4.0, "low_freq_factor": 1.0}),
         ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
         ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}),
         ("quantization_config", {"bits": 4}),
+        ("quantization_config", "gptq"),
         ("auto_map", {"AutoModel": "theirs.Model"}),
         ("is_causal", False),
         ("partial_rotary_factor", 0.0),
@@ -492,7 +493,78 @@ def test_numbers_that_no_model_has(model_folder, name, value):
     refused(lambda: llama.Checkpoint(model_folder))
 
 
-def test_metas_layout_is_refused_by_name(tmp_path):
-    (tmp_path / "params.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds Meta's files; take the checkpoint in Hugging Face"):
-        load(tmp_path)
+# ---- folders and files that hold something else
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq", "bitsandbytes", "fp8", "compressed-tensors"])
+def test_quantized_weights_are_refused_by_their_kind(model_folder, kind):
+    change_config(model_folder, quantization_config={"quant_method": kind, "bits": 4})
+    refused(lambda: load(model_folder), f"the weights are quantized ({kind}): take the checkpoint")
+
+
+@pytest.mark.parametrize("name", ["qweight", "weight.absmax", "weight_scale", "weight_scale_inv"])
+def test_quantized_weights_show_without_the_configs_word(model_folder, name):
+    tensor = f"model.layers.0.mlp.up_proj.{name}"
+    change_tensors(model_folder, lambda w: w.update({tensor: torch.ones(3)}))
+    refused(lambda: load(model_folder), f"the weights are quantized ({tensor}): take")
+
+
+def test_an_adapter_beside_the_weights_is_refused(model_folder):
+    """transformers would load it with them, so the model would be another."""
+    (model_folder / "adapter_config.json").write_text("{}")
+    refused(lambda: load(model_folder), "holds an adapter; merge it: PeftModel.from_pretrained(")
+    (model_folder / "config.json").unlink()
+    refused(lambda: load(model_folder), "holds an adapter; merge it: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("params.json", "holds Meta's files; take the checkpoint in Hugging Face's format"),
+        ("model.Q4_K_M.gguf", "holds weights for llama.cpp; take the checkpoint that they"),
+        ("model.onnx", "holds weights for ONNX; take the checkpoint that they were made from"),
+    ],
+)
+def test_other_formats_are_refused_by_name(model_folder, name, message):
+    (model_folder / name).write_text("{}")
+    load(model_folder)  # beside the weights it may stand
+    (model_folder / "model.safetensors").unlink()
+    refused(lambda: load(model_folder), message)
+    (model_folder / "config.json").unlink()
+    refused(lambda: load(model_folder), message)
+    refused(lambda: load(model_folder / name), f"{name} is a file; a model is a folder in Hugging")
+
+
+# ---- where generation ends
+
+
+@pytest.mark.parametrize(
+    ("general", "of_generation", "expected"),
+    [
+        (2, None, [2]),
+        ([2, 7], None, [2, 7]),
+        (2, {"eos_token_id": [5, 6]}, [5, 6]),
+        (2, {"eos_token_id": 5}, [5]),
+        (2, {"eos_token_id": None}, []),
+        (2, {}, []),
+        (None, None, []),
+    ],
+)
+def test_the_ids_that_end_an_answer_are_transformers(
+    model_folder, general, of_generation, expected
+):
+    change_config(model_folder, eos_token_id=general)
+    (model_folder / "generation_config.json").unlink(missing_ok=True)
+    if of_generation is not None:
+        (model_folder / "generation_config.json").write_text(json.dumps(of_generation))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(model_folder).generation_config
+    in_a_list = expected[0] if len(expected) == 1 else expected
+    assert theirs.eos_token_id == (in_a_list or None)
+    assert llama.read_eos_ids(model_folder) == expected
+
+
+@pytest.mark.parametrize("value", ["</s>", [2, None], True, -1, [[2]], 2.0, {}])
+def test_what_is_no_id_ends_nothing(model_folder, value):
+    change_config(model_folder, eos_token_id=value)
+    (model_folder / "generation_config.json").unlink(missing_ok=True)
+    refused(lambda: llama.read_eos_ids(model_folder), "config.json: eos_token_id = ", ">= 0")

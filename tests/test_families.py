@@ -29,6 +29,8 @@ MISTRAL |= dict(num_attention_heads=32, num_key_value_heads=8, max_position_embe
 MISTRAL |= dict(tie_word_embeddings=False, use_cache=True)
 QWEN = dict(model_type="qwen2", hidden_act="silu", rms_norm_eps=1e-6, attention_dropout=0.0)
 QWEN |= dict(use_sliding_window=False, max_position_embeddings=32768, rope_theta=1000000.0)
+QWEN_3 = QWEN | dict(model_type="qwen3", head_dim=128, max_position_embeddings=40960)
+QWEN_3 |= dict(rope_scaling=None, sliding_window=None, vocab_size=151936, attention_bias=False)
 SMOL = LLAMA | dict(num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192)
 SMOL |= dict(rope_theta=100000, tie_word_embeddings=True, is_llama_config=True, vocab_size=49152)
 FAMILIES = {
@@ -64,6 +66,12 @@ FAMILIES = {
     "Qwen2-7B-Instruct": QWEN
     | dict(num_attention_heads=28, num_key_value_heads=4, vocab_size=152064)
     | dict(sliding_window=131072, max_window_layers=28, tie_word_embeddings=False),
+    "Qwen3-0.6B": QWEN_3
+    | dict(num_attention_heads=16, num_key_value_heads=8, hidden_size=1024)
+    | dict(max_window_layers=28, tie_word_embeddings=True),
+    "Qwen3-8B": QWEN_3
+    | dict(num_attention_heads=32, num_key_value_heads=8, hidden_size=4096)
+    | dict(max_window_layers=36, tie_word_embeddings=False),
     "Qwen2.5-0.5B": QWEN
     | dict(num_attention_heads=14, num_key_value_heads=2, vocab_size=151936, use_mrope=False)
     | dict(sliding_window=32768, max_window_layers=24, tie_word_embeddings=True),
@@ -119,7 +127,7 @@ def test_logits_are_transformers(tmp_path, name):
 
 
 def test_a_silent_config_means_what_transformers_takes_it_to_mean(tmp_path):
-    for name in ("Llama-2-7b-chat", "Mistral-7B-Instruct-v0.1", "Qwen2-7B-Instruct"):
+    for name in ("Llama-2-7b-chat", "Mistral-7B-Instruct-v0.1", "Qwen2-7B-Instruct", "Qwen3-8B"):
         fields = shrunk(FAMILIES[name])
         told = {"model_type", "hidden_size", "num_attention_heads", "num_hidden_layers"}
         told |= {"intermediate_size", "vocab_size"}
@@ -130,8 +138,9 @@ def test_a_silent_config_means_what_transformers_takes_it_to_mean(tmp_path):
         assert silent == read_config(tmp_path)
 
 
-def test_qwens_window_is_off(tmp_path):
-    fields = shrunk(FAMILIES["Qwen2-7B-Instruct"]) | {"sliding_window": 64}
+@pytest.mark.parametrize("name", ["Qwen2-7B-Instruct", "Qwen3-8B"])
+def test_qwens_window_is_off(tmp_path, name):
+    fields = shrunk(FAMILIES[name]) | {"sliding_window": 64}
     theirs = make(tmp_path, fields)
     (tmp_path / "config.json").write_text(json.dumps(fields))
     tokens = tokens_of(1, 100)
@@ -158,7 +167,10 @@ def test_llama_3_bands_are_all_met():
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        ({"model_type": "phi3"}, "'phi3' is not implemented; llama, mistral, qwen2 are"),
+        ({"model_type": "phi3"}, "'phi3' is not implemented; llama, mistral, qwen2, qwen3 are"),
+        ({"model_type": "qwen3_moe"}, "'qwen3_moe' is not implemented; llama, mistral, "),
+        ({"attention_bias": True}, "attention_bias = True is not implemented"),
+        ({"mlp_bias": True}, "mlp_bias = True is not implemented"),
         ({"use_sliding_window": True}, "use_sliding_window = True is not implemented"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = ["),
     ],
@@ -168,6 +180,16 @@ def test_other_networks_are_refused_by_name(tmp_path, change, part):
     (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(ValueError, match=f"config.json: .*{re.escape(part)}"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["Llama-2-7b-chat", "Qwen3-8B"])
+def test_biases_that_the_config_asks_for_count(tmp_path, name):
+    fields = shrunk(FAMILIES[name]) | {"attention_bias": True}
+    if name == "Llama-2-7b-chat":
+        fields["mlp_bias"] = True
+    theirs = make(tmp_path, fields)
+    tokens = tokens_of(1, 30)
+    assert (load(tmp_path)(tokens) - theirs(tokens).logits).abs().max() <= 1e-4
 
 
 # ---- adapters

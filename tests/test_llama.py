@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from conftest import MINI, tokens_of
+from conftest import MINI, refused, tokens_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama
@@ -23,6 +23,11 @@ VARIANTS = {
     "rope_theta, eps": ("Llama", dict(rms_norm_eps=1e-3, rope_theta=5e5)),
     "mistral": ("Mistral", dict(num_key_value_heads=2, sliding_window=None, rope_theta=1e6)),
     "mistral, window": ("Mistral", dict(num_key_value_heads=2, sliding_window=100)),
+    "qwen3": ("Qwen3", dict(num_key_value_heads=2, head_dim=20)),
+    "qwen3, tied": ("Qwen3", dict(num_key_value_heads=3, head_dim=8, tie_word_embeddings=True)),
+    "qwen3, biases": ("Qwen3", dict(num_key_value_heads=2, head_dim=20, attention_bias=True)),
+    "biases": ("Llama", dict(num_key_value_heads=2, attention_bias=True, mlp_bias=True)),
+    "mlp_bias": ("Llama", dict(num_key_value_heads=2, mlp_bias=True)),
 }
 
 
@@ -37,7 +42,7 @@ def twins(request, tmp_path):
     config = getattr(transformers, family + "Config")(**SIZES, **fields)
     theirs = getattr(transformers, family + "ForCausalLM")(config).eval().requires_grad_(False)
     for name, weight in theirs.named_parameters():
-        if "norm" in name:  # 1 at first, and then their place would not be tested
+        if "norm" in name or "bias" in name:  # 1 and 0 at first, which would test no place
             weight.uniform_(0.5, 1.5)
     theirs.save_pretrained(tmp_path)
     return theirs, load(tmp_path)
@@ -206,6 +211,28 @@ def test_every_position_is_steered_in_prompt_and_answer(mini, vector, monkeypatc
     assert calls == [(4, True), (2, True), (1, True), (1, True)]  # two prompts, two new tokens
 
 
+@pytest.mark.parametrize(
+    ("v", "part"),
+    [
+        (torch.ones(31), "layer 1 is torch.float32 [31], but the model needs float numbers, 32"),
+        (torch.ones(1), "layer 1 is torch.float32 [1], "),
+        (torch.ones(()), "layer 1 is torch.float32 [], "),
+        (torch.ones(32, dtype=torch.int64), "layer 1 is torch.int64 [32], "),
+        (torch.ones(32, dtype=torch.bool), "layer 1 is torch.bool [32], "),
+    ],
+)
+def test_vectors_that_cannot_be_added_are_named(mini, v, part):
+    model, _ = mini
+    refused(lambda: model(tokens_of(1, 5), steer={1: v}), part)
+    refused(lambda: generate(model, [[3, 4]], 5, 2, {1: v}), part)
+
+
+def test_there_must_be_prompts_with_tokens(mini):
+    model, _ = mini
+    for prompts in ([], [[3, 4], []]):
+        refused(lambda prompts=prompts: generate(model, prompts, 5, 2), "there is no prompt, or")
+
+
 @pytest.mark.parametrize("layer", [-1, 4])
 def test_no_such_layer_to_steer(mini, vector, layer):
     model, _ = mini
@@ -356,6 +383,23 @@ def test_sample_follows_the_distribution_and_cuts_at_top_p():
     hot = llama.sample(logits, 0.5, 1.0, u).bincount(minlength=4) / 4000  # p squared, normalised
     square = torch.tensor([0.1, 0.5, 0.15, 0.25]) ** 2
     assert torch.allclose(hot, square / square.sum(), atol=1e-3)
+
+
+@pytest.fixture
+def other_default_dtype():
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_torchs_default_dtype_changes_nothing(mini, vector, other_default_dtype):
+    model, _ = mini
+    again = load(MINI)
+    assert again.norm.weight.dtype == torch.float32
+    drawn = [generate(x, [[3, 4, 5]], 20, -1, {1: vector}, temperature=1) for x in (model, again)]
+    torch.set_default_dtype(torch.float32)
+    expected = generate(model, [[3, 4, 5]], 20, -1, {1: vector}, temperature=1)
+    assert drawn == [expected, expected]
 
 
 def test_input_beyond_the_context_is_refused(mini):
