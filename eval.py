@@ -238,7 +238,7 @@ def encode_choice(chat, limit, metric, prompt, targets) -> Choice:
     both = set(targets.values()) == {0, 1}
     data.require(both, "some answers must be right (1), others wrong (0)")
 
-    prompt, _, _ = data.checked(prompt, "-", "-")
+    prompt = data.checked(prompt, "-", "-").prompt
     prompt_ids, responses = chat.encode_responses(prompt, list(targets), limit)
     without_end = [response[:-1] for response in responses]
     right = np.array(list(targets.values())) == 1
@@ -377,7 +377,7 @@ def answers(model, chat, steer, prompts, multipliers, max_new_tokens):
         m = torch.tensor(multipliers * len(some), device=model.device)
         steers = times(m[:, None, None], steer)  # (B, 1, dim) at each layer
 
-        new = generate(model, rows, max_new_tokens, chat.eos_id, steers)
+        new = generate(model, rows, max_new_tokens, chat.end_ids, steers)
         progress(start + len(some), len(ids))
         for i in range(0, len(rows), len(multipliers)):
             yield new[i : i + len(multipliers)]
@@ -406,7 +406,7 @@ def measure_answer(chat, prompt, multiplier, ids, nll, kl):
         "tokens": len(ids),
         "nll": nll,
         "kl": kl,
-        "cut_off": ids[-1] != chat.eos_id,
+        "cut_off": ids[-1] not in chat.end_ids,
         "repeated": repeated,
         "refuses": refused,
         "degenerate": degenerate,
@@ -456,7 +456,7 @@ def read_prompts(path):
         with data.named(f"{path}{place}"):
             columns = data.standard_columns(record)
             data.require(columns["prompt"] != [], f"no column is the prompt: only {[*record]}")
-            prompt, _, _ = data.checked(columns["prompt"], "-", "-", columns.get("system"))
+            prompt = data.checked(columns["prompt"], "-", "-", columns.get("system")).prompt
             prompts.append(prompt)
     data.require(prompts, f"{path} holds no prompts")
     return list(dict.fromkeys(prompts))
@@ -810,7 +810,7 @@ def say(model, chat, turns, steer, max_new_tokens):
 
     ids = []
     text = ""
-    for new in stream(model, [prompt], n, chat.eos_id, steer):
+    for new in stream(model, [prompt], n, chat.end_ids, steer):
         ids.append(new[0])
         # A character whose last token is missing decodes to U+FFFD: it waits for that token.
         longer = chat.tokenizer.decode(ids).rstrip("\ufffd")
@@ -1026,7 +1026,7 @@ def make_pairs(args):
         (rejected_ids,) = next(new)
         chosen = chat.tokenizer.decode(chosen_ids).strip()
         rejected = chat.tokenizer.decode(rejected_ids).strip()
-        whole = chosen_ids[-1] == rejected_ids[-1] == chat.eos_id  # neither was cut off
+        whole = {chosen_ids[-1], rejected_ids[-1]} <= chat.end_ids  # neither was cut off
         if whole and chosen and rejected and chosen != rejected:
             pair = {"prompt": as_messages(question), "chosen": chosen, "rejected": rejected}
             pairs.append(pair | {"made_by": made_by})
