@@ -510,7 +510,7 @@ class Tokenizer:
         added: the added tokens, with their flags; named: the special tokens that have a name.
         """
         self.config = read_beside(path / "tokenizer_config.json")
-        with named(f"{path}/tokenizer_config.json or a file beside it is malformed", Exception):
+        with named(f"{path}/tokenizer_config.json or a file beside it is no use", Exception):
             if "added_tokens_decoder" in self.config:
                 tokens = self.config["added_tokens_decoder"].items()
                 self.added = {int(number): token for number, token in tokens}
@@ -524,8 +524,7 @@ class Tokenizer:
                     plain and isinstance(token["content"], str), f"{token!r:.60}, id {number!r}"
                 )
 
-            split = self.config.get("split_special_tokens")
-            require(not split, "split_special_tokens is not implemented")
+            require(not self.config.get("split_special_tokens"), "split_special_tokens is set")
             self.variables = {}
             self.named = []
             for key, value in self.config.items():
@@ -790,19 +789,18 @@ class Chat(NamedTuple):
             whole = self.fill([*turns, ("assistant", text)])
             if whole.startswith(before):
                 break
-        fits = whole.startswith(before)
-        require(fits, f"with an answer the chat template does not begin so: {before[-60:]!r}")
-
         rest = whole.removeprefix(before)
+        require(rest != whole, f"the chat template writes no answer after its {before[-60:]!r}")
+
         begin = rest.find(text.strip())
         kept = begin >= 0 and len(self.cut(rest[:begin])) == 1
         require(
-            kept, f"the chat template looks into the texts, or puts a token before {text!r:.30}"
+            kept, f"the chat template looks into the texts, or begins {text!r:.30} with a token"
         )
         end = begin + len(text.strip())
         behind, *tokens = self.cut(rest[end:])
-        advice = "give --template a .jinja file with {{ eos_token }} there"
-        require(tokens, f"the chat template writes no control token behind an answer; {advice}")
+        advice = "give --template a .jinja file that writes {{ eos_token }} there"
+        require(tokens, f"the chat template ends an answer with no control token: {advice}")
         return rest[:end] + behind, tokens[0]
 
     def encode(self, prompt, answer="", end=""):
@@ -1143,6 +1141,7 @@ def run_or_exit(parser, run, argv):
     leaves, as in `| head -1`, the program ends without a word, with exit code 141.
     """
     args = parser.parse_args(argv)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # it may be closed: >&-
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a console may lack a character
             stream.reconfigure(errors="backslashreplace")

@@ -16,7 +16,6 @@ from small_tokenizers import (
     SENTENCEPIECE,
     TEMPLATE_FILES,
     model_config,
-    train_tokenizer,
     write_tokenizer_json,
     write_tokenizer_model,
 )
@@ -306,7 +305,8 @@ def test_the_prompts_ids_begin_the_pairs(chats, prompt, chosen, rejected, turns,
     try:
         ids = chat.encode_pair(Pair(prompt, chosen, rejected))
     except ValueError as e:
-        assert "same tokens" in str(e) or "spans the end" in str(e)
+        refused_text = "holds a control token" in str(e) and not chat.tokenizer.spliced
+        assert refused_text or "same tokens" in str(e) or "spans the prompt's end" in str(e)
         return
     assert ids.prompt == chat.encode_prompt(prompt)
     controls = set(chat.tokenizer.controls.values())
@@ -355,13 +355,6 @@ def test_a_response_that_begins_with_a_newline_does_not_touch_the_prompt(byte_le
     assert ids.chosen == [*oracle(text, add_special_tokens=False).input_ids, chat.eos_id]
 
 
-def test_responses_of_the_same_ids_are_refused(tmp_path):
-    train_tokenizer(tmp_path)  # sentencepiece's default normaliser takes these for the same
-    pair = Pair("Lead?", "a b", "a  b", "x.jsonl:3")
-    with pytest.raises(ValueError, match="x.jsonl:3: chosen and rejected are the same tokens"):
-        Chat(Tokenizer(tmp_path)).encode_pair(pair)
-
-
 def test_pair_longer_than_the_context_is_named():
     pair = Pair("word " * 50, "Yes.", "No.", "x.jsonl:7")
     n = len(Chat(TOKENIZER).encode_prompt(pair.prompt)) + 1
@@ -394,17 +387,6 @@ def test_a_text_becomes_no_control_token(byte_level, tmp_path):
     assert spm.encode_responses("x", ["</s>"])[1][0].count(2) == 1
 
 
-def test_a_control_token_that_a_text_could_spell_is_refused(tmp_path):
-    """A file may declare its control tokens ordinary ones (sentencepiece: user-defined symbols)."""
-    write_tokenizer_json(tmp_path, TEMPLATE_FILES["qwen2.5"], *BYTE_LEVEL["qwen2.5"])
-    file = tmp_path / "tokenizer.json"
-    file.write_text(file.read_text().replace('"special": true', '"special": false'))
-    chat = open_chat(tmp_path, model_config())
-    assert len(chat.encode_prompt("Lead?")) > 5
-    with pytest.raises(ValueError, match=r"x:1: a text holds a control token: .*Yes.<\|im_end\|>'"):
-        chat.encode_pair(Pair("Lead?", "Yes.<|im_end|>", "No.", "x:1"))
-
-
 # ---- templates that are refused
 
 PARTS = (
@@ -422,15 +404,15 @@ PARTS = (
         ("{{ messages.__class__.__mro__ }}", "template fails: access to attribute '__class__'"),
         (
             PARTS[0] + "A:{{ m.content }}" + PARTS[1] + PARTS[2],
-            "writes no control token behind an answer; give --template a .jinja",
+            "ends an answer with no control token: give --template a .jinja",
         ),
         (
             PARTS[0] + "B:{{ m.content + eos_token }}" + PARTS[1] + PARTS[2],
-            "with an answer the chat template does not begin so: 'HelloA:'",
+            "the chat template writes no answer after its 'HelloA:'",
         ),
         (
             PARTS[0] + "A:{{ bos_token + m.content + eos_token }}" + PARTS[1] + PARTS[2],
-            "looks into the texts, or puts a token before '-'",
+            "looks into the texts, or begins '-' with a token",
         ),
         (
             PARTS[0] + "A:{{ m.content.upper() + eos_token }}" + PARTS[1] + PARTS[2],
@@ -526,18 +508,6 @@ def test_the_clock_is_never_asked(tmp_path):
     write_tokenizer_json(tmp_path / "c", "{{ strftime_now('%d') }}{{ eos_token }}", *row)
     with pytest.raises(ValueError, match="template fails: 'strftime_now' is undefined"):
         open_chat(tmp_path / "c", model_config())
-
-
-def test_generation_ends_at_every_id_that_the_files_list(tmp_path):
-    row = BYTE_LEVEL["llama-3.1"]
-    oracle = write_tokenizer_json(tmp_path, TEMPLATE_FILES["llama-3.1"], *row)
-    trained, other = oracle.convert_tokens_to_ids(["<|eot_id|>", "<|end_of_text|>"])
-    chat = open_chat(tmp_path, model_config())
-    assert chat.end_ids == {chat.eos_id} == {trained}
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [other, 7]}))
-    for template in (None, "llama-2"):
-        assert open_chat(tmp_path, model_config(), template).end_ids == {trained, other, 7}
-    assert open_chat(tmp_path, model_config()).encode_responses("x", ["y"])[1][0][-1] == trained
 
 
 # ---- which template

@@ -19,7 +19,7 @@ from small_tokenizers import (
 )
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-from data import Tokenizer, open_chat
+from data import Chat, Pair, Tokenizer, open_chat
 from llama import read_config
 
 # ---- which file
@@ -151,7 +151,7 @@ def test_ids_are_the_same_each_time(tmp_path):
     ("kind", "reason"),
     [
         ({"tokens": {"<|im_start|>": {"single_word": True}}}, "the tokenizer does not find all of"),
-        ({"split_special_tokens": True}, "split_special_tokens is not implemented"),
+        ({"split_special_tokens": True}, "split_special_tokens is set"),
         ({"drop": "bos_token"}, "the chat template fails: 'bos_token' is undefined"),
     ],
 )
@@ -226,6 +226,39 @@ def test_decode_leaves_control_tokens_out(tmp_path):
     text = tokenizer.encode("one two")
     assert tokenizer.size == 420 and not {1, 2, 300} & set(text)
     assert tokenizer.decode([1, *text, 300, 2, 420, 999]) == "one two"
+
+
+# ---- the ids of control tokens
+
+
+def test_generation_ends_at_every_id_that_the_files_list(tmp_path):
+    row = BYTE_LEVEL["llama-3.1"]
+    oracle = write_tokenizer_json(tmp_path, TEMPLATE_FILES["llama-3.1"], *row)
+    trained, other = oracle.convert_tokens_to_ids(["<|eot_id|>", "<|end_of_text|>"])
+    chat = open_chat(tmp_path, model_config())
+    assert chat.end_ids == {chat.eos_id} == {trained}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [other, 7]}))
+    for template in (None, "llama-2"):
+        assert open_chat(tmp_path, model_config(), template).end_ids == {trained, other, 7}
+    assert open_chat(tmp_path, model_config()).encode_responses("x", ["y"])[1][0][-1] == trained
+
+
+def test_a_control_token_that_a_text_could_spell_is_refused(tmp_path):
+    """A file may declare its control tokens ordinary ones (sentencepiece: user-defined symbols)."""
+    write_tokenizer_json(tmp_path, TEMPLATE_FILES["qwen2.5"], *BYTE_LEVEL["qwen2.5"])
+    file = tmp_path / "tokenizer.json"
+    file.write_text(file.read_text().replace('"special": true', '"special": false'))
+    chat = open_chat(tmp_path, model_config())
+    assert len(chat.encode_prompt("Lead?")) > 5
+    with pytest.raises(ValueError, match=r"x:1: a text holds a control token: .*Yes.<\|im_end\|>'"):
+        chat.encode_pair(Pair("Lead?", "Yes.<|im_end|>", "No.", "x:1"))
+
+
+def test_responses_of_the_same_ids_are_refused(tmp_path):
+    train_tokenizer(tmp_path)  # sentencepiece's default normaliser takes these for the same
+    pair = Pair("Lead?", "a b", "a  b", "x.jsonl:3")
+    with pytest.raises(ValueError, match="x.jsonl:3: chosen and rejected are the same tokens"):
+        Chat(Tokenizer(tmp_path)).encode_pair(pair)
 
 
 # ---- files that are refused
