@@ -37,7 +37,7 @@ EPOCHS = (1, 5, 20)  # after which the vectors of the whole recipe are read
 SPEAK = "--samples 16 --max-new-tokens 48"
 READ = f"--multipliers -2 -1 1 2 {SPEAK}"
 GRID = f"--multipliers -8 -4 -2 -1 -0.5 0.5 1 2 4 8 {SPEAK}"
-ENDS = "--multipliers -1 1 --samples 0 --baseline random"
+ENDS = "--multipliers -1 1 --samples 0 --baseline"
 LEVELS = (0.05, 0.2, 0.5)  # nats a token of KL, at which vectors are compared
 NUMBERS = (10, 40, 160, 640)  # of pairs
 ALL_LAYERS = (*LAYERS, LAYER)
@@ -103,7 +103,7 @@ def beside(name, pairs=POWER, layer=LAYER):
     """Add the commands for a short training beside one pass over the same pairs."""
     COMMANDS[f"train {name}"] = train(name, pairs, layer=layer)
     COMMANDS[f"take {name}"] = learn(f"{name}-g", pairs, GRADIENT, layer)
-    baselines = f"{ENDS} {OUT}/{unit(f'{name}-g')}"
+    baselines = f"{ENDS} {OUT}/{unit(f'{name}-g')} random"
     COMMANDS[f"{name} beside g"] = measure(f"{name}-beside-g", unit(name), baselines)
 
 
@@ -116,7 +116,7 @@ COMMANDS["train pairs-10"] = learn("pairs-10", f"{OUT}/pairs-10.jsonl", SHORT)  
 for percent in NOISE:
     beside(f"noise-{percent}", f"{OUT}/noise-{percent}.jsonl")
 for name in ("continued", "power-160-g"):
-    COMMANDS[name] = measure(name, unit(name), f"{ENDS} {OUT}/{unit('power-160')}")
+    COMMANDS[name] = measure(name, unit(name), f"{ENDS} {OUT}/{unit('power-160')} random")
 
 
 def run_all(*names):
@@ -181,6 +181,16 @@ def write_files():
 # ---- Rows of tables ------------------------------------------------------------------------------
 
 
+def in_one_table(rows_by_vector):
+    """The rows of all vectors, the same ones at multiplier 0 only once."""
+    rows = []
+    for name, found in rows_by_vector.items():
+        for row in found:
+            if row["multiplier"] != 0 or not any(other["multiplier"] == 0 for other in rows):
+                rows.append({"vector": name} | row)
+    return rows
+
+
 def spread_rows(tables_by_seed, epoch):
     """One row a multiplier: mean and standard deviation over seeds, from the rows of `curve`."""
     rows = []
@@ -236,7 +246,8 @@ def level_rows(rows_by_vector):
                 reached = at_level(rows, level, sign)
                 if reached:
                     m, columns = reached
-                    found.append({"vector": name, "at kl": level, "multiplier": m} | columns)
+                    at = {"vector": name, "at kl": level, "multiplier": round(m, 2)}
+                    found.append(at | columns)
     return found
 
 
@@ -277,13 +288,13 @@ def recipe():
     measured = {name: real.measured(name)[0] for name in vectors}
     tables = {"vectors": logged}
     spread = []
+    curves = {}
     for epoch in EPOCHS:
-        curves = []
         for seed in SEEDS:
             name = f"full-{seed}-{epoch}"
-            curves.append(curve(measured[name]))
-            tables[f"{name}, multiples of norm {NORM:g}"] = curves[-1]
-        spread += spread_rows(curves, epoch)
+            curves[name] = curve(measured[name])
+        spread += spread_rows(list(curves.values())[-len(SEEDS) :], epoch)
+    tables[f"multiples of norm {NORM:g}"] = in_one_table(curves)
     tables["slopes"] = [real.slope_row(name, found) for name, found in measured.items()]
     tables["spread over seeds"] = spread
 
@@ -327,7 +338,7 @@ def methods():
             kept += [row | {"vector": f"{name}-{method}"} for row in real.shown(said, 2)]
         found, _ = real.measured(f"{name}-bipo")
         tables[f"{name}, compared at equal norm"] = compared_rows(found)
-        tables |= {f"{title}, multiples of norm {NORM:g}": rows for title, rows in curves.items()}
+        tables[f"{name}, multiples of norm {NORM:g}"] = in_one_table(curves)
         tables[f"{name}, at equal KL"] = level_rows(curves)
 
     commands |= run_all(*(f"choices {method}" for method in METHODS))

@@ -48,7 +48,8 @@ def show(command, typed=()):
             print(row, end="", flush=True)
             printed.append(row)
     output = "".join(printed)
-    data.require(not program.returncode, f"{shlex.join(command)} failed: {output[-200:]}")
+    last = output.strip().rpartition("\n")[2]
+    data.require(not program.returncode, f"{command[1]} failed: {last}")
     return f"{line}{with_typed(output, typed)}\n(took {time.time() - began:.0f} s)\n\n"
 
 

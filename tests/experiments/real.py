@@ -41,7 +41,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import data
-from eval import SPECS, Mean, answers, cell, draw, fluency, mean, open_vector, read_prompts, times
+from eval import SPECS, answers, cell, draw, fluency, mean, open_vector, read_prompts, times
 from llama import generate, load, read_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -879,9 +879,12 @@ for column in (
 
 
 def format_of(column):
+    """How the numbers of a column are printed; "margin sd" is the deviation of "margin"."""
     if column.startswith("cosine"):
         return ".3f"
-    return FORMATS.get(column.removesuffix(" sd"), ".1%")
+    mean_column = column.removesuffix(" sd")
+    spec = FORMATS.get(mean_column, ".1%")
+    return spec if column == mean_column else spec.lstrip("+")
 
 
 def table(rows):
@@ -902,7 +905,7 @@ def report(name, result, program="real.py"):
     parts = [code_block([own, *commands]), f"On {result['machine']}."]
     for title, rows in with_means(result["tables"]).items():
         parts.append(f"{title}:\n\n{table(rows)}")
-        if isinstance(rows[0].get("kl"), Mean):
+        if "kl" in rows[0] and "vector" not in rows[0] and "epoch" not in rows[0]:
             low, high = affordable(rows)
             cost = f"a KL below {COST} nats a token: {low:+g} and {high:+g}."
             parts.append(f"Of the multipliers measured, the largest with {cost}")
