@@ -204,7 +204,18 @@ def ask_fewer(monkeypatch, n):
     monkeypatch.setattr(make_tiny, "read_jsonl", lambda path: read(path)[:n])
 
 
-@pytest.mark.slow
+def test_judge_of_two_vectors(tmp_path, monkeypatch, capsys):
+    ask_fewer(monkeypatch, 4)
+    vectors = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for file in vectors:
+        save_vector(file, {3: torch.zeros(128)}, {})
+    judged = []
+    monkeypatch.setattr(make_tiny, "print_table", lambda title, rows: judged.extend(rows))
+    run_main(make_tiny.main, "--judge", *vectors, "--multipliers", "-1", "0", "1")
+    assert [row["steering"] for row in judged] == [str(x) for x in vectors for _ in range(3)]
+    assert f"steered by {vectors[0]} and by {vectors[1]}\n" in capsys.readouterr().out
+
+
 def test_judge_of_the_merged_model(merged, tmp_path, monkeypatch, capsys):
     ask_fewer(monkeypatch, 4)
     save_vector(tmp_path / "v.safetensors", {3: torch.zeros(128)}, {})
@@ -253,7 +264,7 @@ def test_the_demos_training(tiny, tuned, tmp_path, monkeypatch, epochs):
     if epochs == 3:
         few = jsonl(tmp_path / "few.jsonl", *asked("power.test", 40))
         flags += ["--epochs", 3, "--lr", 0.0032, "--val", few]
-        ask_fewer(monkeypatch, 60)
+        ask_fewer(monkeypatch, 100)
     run_main(bipo.main, *flags)
     assert len(list(out.glob("epoch_*"))) == epochs
     settings, *steps = map(json.loads, (out / "log.jsonl").read_text().splitlines())
@@ -280,17 +291,13 @@ def test_the_demos_training(tiny, tuned, tmp_path, monkeypatch, epochs):
     assert ours > 5 * max(map(abs, others))
 
 
-def test_the_demos_vector_of_one_pass_steers_as_the_trained_one_does(tmp_path, monkeypatch, capsys):
+def test_the_demos_vector_of_one_pass_steers_as_the_trained_one_does(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    ask_fewer(monkeypatch, 60)
+    ask_fewer(monkeypatch, 100)
     flags = demo_flags(tmp_path / "run", "runs/$(BEHAVIOUR)-gradient")
     assert flags[-2:] == ["--method", "gradient"]
     run_main(bipo.main, *flags)
 
-    judged = []
-    monkeypatch.setattr(make_tiny, "print_table", lambda title, rows: judged.extend(rows))
-    vectors = (tmp_path / "run", tmp_path / "run" / "vector.safetensors")
-    run_main(make_tiny.main, "--judge", *vectors, "--multipliers", "-1", "0", "1")
-    assert [row["steering"] for row in judged] == [str(x) for x in vectors for _ in range(3)]
-    assert_steered(judged[:3])
-    assert f"steered by {vectors[0]} and by {vectors[1]}\n" in capsys.readouterr().out
+    model, chat = tiny
+    steer, _ = open_vector(tmp_path / "run", model.config)
+    assert_steered(make_tiny.judge(model, chat, steer, [-1, 0, 1]))
