@@ -292,7 +292,7 @@ def test_wrong_choices(tmp_path, mini):
     wrong("a.csv", TRUTHFUL.replace("Not me.", ""), "a.csv:3: an answer is empty")
     wrong("a.csv", TRUTHFUL.replace(",Incorrect Answers", ",Other"), f"a.csv:2: {known}")
     wrong("a.txt", "Two?", "a.txt.* .csv")
-    templated = "a prompt holds a chat template already"
+    templated = "a text holds a chat template already"
     wrong("a.csv", "[INST] Blue?,1,2,3,4,A\n", f"a.csv row 1: {templated}")
     asked = {**MC_TASK[0], "question": "<s>[INST] Lead? [/INST]"}
     wrong("a.json", json.dumps([asked]), f"a.json record 1: {templated}")

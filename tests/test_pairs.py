@@ -1,7 +1,6 @@
 """Pair files as others write them, and those that are refused: each record here has the shape of a
 published file's, and each refusal is one line that says what to do."""
 
-import gzip
 import json
 import os
 import re
@@ -385,7 +384,6 @@ COLUMNS = "question,matching,not_matching\n"
         ("x.jsonl", LFS, "Git LFS pointer"),
         ("x.jsonl", b"PAR1\x15\x04", "Parquet"),
         ("x.parquet", b"PAR1\x15\x04", "is no .csv, .json or .jsonl"),
-        ("x.jsonl.gz", gzip.compress(b"{}"), "is no .csv, .json or .jsonl"),
         # JSON
         ("x.jsonl", b"", "no pairs: read 0 pairs from "),
         ("x.jsonl", b"\n{oops\n", ": line 2: Expecting property name"),

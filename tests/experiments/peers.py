@@ -139,6 +139,7 @@ def run_peers(args):
     os.chdir(ROOT)
     ENGINES.mkdir(parents=True, exist_ok=True)
     given = prepare()
+
     rows = []
     missing = []
     for name in args.names or PEERS:
@@ -150,6 +151,7 @@ def run_peers(args):
     if rows:
         print(table(rows))
     data.require(not missing, "; ".join(missing))
+
     if not args.names:
         text = f"Run on {machine()}, by `make engines`.\n\n{table(rows)}"
         data.write_text(PAGE, put(read(PAGE), "peers", text))
