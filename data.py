@@ -15,6 +15,7 @@ for them also the packages tokenizers, gguf and huggingface_hub. MIT licence.
 import argparse
 import csv
 import functools
+import gzip
 import hashlib
 import io
 import itertools
@@ -30,11 +31,13 @@ import threading
 import time
 import warnings
 import zipfile
+import zlib
 from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import jinja2
 import safetensors.torch
 import sentencepiece
 import torch
@@ -42,10 +45,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 if __package__:
     from . import llama
-    from .llama import Config, PairIds, parse_json, read_config, read_json, regular
+    from .llama import Config, PairIds, parse_json, read_config, read_eos_ids, read_json, regular
 else:
     import llama
-    from llama import Config, PairIds, parse_json, read_config, read_json, regular
+    from llama import Config, PairIds, parse_json, read_config, read_eos_ids, read_json, regular
 
 # ---- Errors that a user reads --------------------------------------------------------------------
 
@@ -86,15 +89,20 @@ class Pair(NamedTuple):
     source: str = ""  # "file:line", for messages
 
 
-def as_messages(prompt):
-    """The turns of a prompt as files hold them: messages, each with role and content."""
-    turns = [("user", prompt)] if isinstance(prompt, str) else prompt
+def as_turns(prompt):
+    """The turns [(role, text), ...] of a prompt, which may be the text of a user alone."""
+    return [("user", prompt)] if isinstance(prompt, str) else list(prompt)
+
+
+def as_messages(turns):
+    """Turns as files and chat templates hold them."""
     return [{"role": role, "content": text} for role, text in turns]
 
 
 def record_of(pair):
     """The pair as a record that `read_pairs` reads."""
-    return {"prompt": as_messages(pair.prompt), "chosen": pair.chosen, "rejected": pair.rejected}
+    prompt = as_messages(as_turns(pair.prompt))
+    return {"prompt": prompt, "chosen": pair.chosen, "rejected": pair.rejected}
 
 
 def pair_hash(pair):
@@ -192,20 +200,27 @@ def first_word(text):
 
 
 def open_records(path):
-    """Yields (place, record) of a .csv, .json or .jsonl file: what follows the file's name, ":LINE"
-    or " record N", and {column: value}, or what else stands there. Raises ValueError if the file
-    cannot be read."""
-    reader = READERS.get(path.suffix.lower())
-    require(reader, f"{path} is no .csv, .json or .jsonl")
+    """Yields (place, record) of a .csv, .json or .jsonl file, maybe with .gz: what follows the
+    file's name, ":LINE" or " record N", and {column: value}, or what else stands there. Raises
+    ValueError if the file cannot be read."""
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    require(suffix in READERS, f"{path} is no .csv, .json or .jsonl, maybe with .gz")
     text = read_text(path)
     with named(f"cannot read {path}"):
-        yield from reader(text)
+        yield from READERS[suffix](text)
 
 
 def read_text(path):
-    """The text of a file in UTF-8. Raises ValueError, with the file's name, if there is none."""
-    with named(f"cannot read {path}", (OSError, ValueError)):
-        return regular(path).read_bytes().decode("utf-8-sig")
+    """The text of a file in UTF-8, unpacked if its name ends in .gz. Raises ValueError, with the
+    file's name, if there is none, for more than 512 MiB, and for a small file that unpacks to very
+    much."""
+    with named(f"cannot read {path}", (OSError, EOFError, ValueError, zlib.error)):
+        limit = min(2**29, 2**24 + 50 * regular(path).stat().st_size)
+        opened = gzip.open if path.suffix.lower() == ".gz" else open
+        with opened(path, "rb") as file:
+            content = file.read(limit + 1)
+        require(len(content) <= limit, f"it holds more than {limit >> 20} MiB")
+        return content.decode("utf-8-sig")
 
 
 def csv_records(text):
@@ -225,21 +240,19 @@ def csv_records(text):
 
 
 def json_records(text):
-    records = parse_json(text)
-    require(isinstance(records, list), "it holds one object, not a list of records")
-    for number, record in enumerate(records, 1):
-        yield f" record {number}", record
-
-
-def jsonl_records(text):
+    """Of a list of records, or of a record a line: some programs mix up the suffixes."""
+    if re.match(r"\s*\[\s*[{\]]", text):
+        for number, record in enumerate(parse_json(text), 1):
+            yield f" record {number}", record
+        return
     for number, line in enumerate(text.split("\n"), 1):  # a string may hold other line breaks
         if line.strip():
-            with named(f"line {number}"):
+            with named(f"line {number} holds no whole record"):
                 record = parse_json(line)
             yield f":{number}", record
 
 
-READERS = {".csv": csv_records, ".json": json_records, ".jsonl": jsonl_records}
+READERS = {".csv": csv_records, ".json": json_records, ".jsonl": json_records}
 
 
 # ---- Pairs: what a record means
@@ -299,6 +312,9 @@ def to_pairs(record):
         # 4. the paper's pairs, TRL's, HH-RLHF's; an answer may hold the whole conversation
         case {"prompt": prompt, "chosen": chosen, "rejected": rejected, **rest}:
             right, wrong = [chosen], [rejected]
+            names = ["0", "1", "2", *rest]
+            points = len(rest) > 1 and chosen in names and rejected in names
+            require(not points, f"the answers {chosen} and {rejected} are names, not texts")
         case _:
             raise ValueError(f"no columns prompt, chosen and rejected: only {', '.join(record)}")
 
@@ -351,51 +367,66 @@ def split_options(question):
     return "\n".join(stem).strip(), options
 
 
-def to_turns(value, role):
-    """[(role, content), ...] of a text that `role` says, of a transcript as in HH-RLHF, of a
-    message or of a list of messages."""
+ROLES = {"system": "system", "prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+
+
+def to_turns(value, column):
+    """[(role, content), ...] of the value of a column: a text, a transcript as in HH-RLHF, a
+    message or a list of messages."""
     if isinstance(value, str) and value.lstrip().startswith("Human:"):
         return transcript_turns(value)
     if isinstance(value, str):
-        return [(role, value)]
+        return [(ROLES[column], value)]
     messages = value if isinstance(value, list) else [value]
-    return [message_turn(message) for message in messages]
+    return [message_turn(message, column) for message in messages]
 
 
 def transcript_turns(text):
-    """The turns of a text like "Human: Hi!\\n\\nAssistant: Hello.\\n\\nHuman: Will you lead?"."""
+    """The turns of a text like "Human: Hi!\\n\\nAssistant: Hello.\\n\\nHuman: Will you lead?", or
+    with one line break or a blank between them."""
+    text = text.strip().replace("\r\n", "\n")
+    kinds = ("\n\n", "\n", " ")
+    separator = next((kind for kind in kinds if f"{kind}Assistant:" in text), "\n\n")
     turns = []
-    for part in re.split(r"\n\n(?=Human:|Assistant:)", text.strip()):
+    for part in re.split(f"{separator}(?=Human:|Assistant:)", text):
         speaker, _, content = part.partition(":")
+        require("Assistant:" not in content, f"a turn of a transcript holds another: {part!r:.60}")
         turns.append(("user" if speaker == "Human" else "assistant", content.strip()))
     return turns
 
 
-def message_turn(message):
+def message_turn(message, column):
     match message:
-        case {"role": "system" | "user" | "assistant" as role, "content": str(content)}:
+        case {"role": "system" | "user" | "assistant" as role, "content": str(content), **more}:
+            unknown = [key for key, value in more.items() if value]
+            require(not unknown, f"a message holds more than role and content: {unknown}")
             return role, content
-    raise ValueError(f"not a message of system, user or assistant with content: {message!r:.60}")
+        case str(text):
+            raise ValueError(f"{column} is a list of texts, not one text: {text!r:.60}")
+    raise ValueError(
+        f"{column} holds no text, nor a message of system, user or assistant: {message!r:.60}"
+    )
 
 
-# How texts begin and end that somebody has put into a chat template, and how a list of messages
-# begins that somebody has written out as text.
+# How texts begin and end that somebody has put into a chat template, how a list of messages begins
+# that somebody has written out as text, and what programs write for a value that is missing.
 TEMPLATED = r"\s*(<s>\s*)?(\[INST\]|\[SYSTEM_PROMPT\]|<\|\w+\|>|<start_of_turn>)"
 END_TOKEN = r"(</s>|<\|\w+\|>|<end_of_turn>)\s*$"
 WRITTEN_OUT = r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:"
+MISSING = r"(?i)\s*(nan|none|null|n/a|<na>|\\n)\s*"
 
 
 def checked(prompt, chosen, rejected, system=None):
     """The Pair, without its source, of a record's values. An answer stands alone or after all
     messages before it; a system prompt becomes a turn. Raises ValueError for what cannot be meant.
     """
-    require(chosen and rejected, "an answer is empty")
-    *context, (role, yes) = to_turns(chosen, "assistant")
-    *other_context, (other_role, no) = to_turns(rejected, "assistant")
+    require(chosen != [] and rejected != [], "an answer is empty")
+    *context, (role, yes) = to_turns(chosen, "chosen")
+    *other_context, (other_role, no) = to_turns(rejected, "rejected")
     fits = context == other_context and role == other_role == "assistant"
     require(fits, "chosen and rejected must differ in one last message, the assistant's")
 
-    turns = to_turns(prompt, "user")
+    turns = to_turns(prompt, "prompt")
     if turns[-1:] == [("assistant", "")]:  # the transcript of a prompt ends with "Assistant:"
         turns.pop()
         yes = yes.strip()
@@ -408,19 +439,29 @@ def checked(prompt, chosen, rejected, system=None):
     if system and "system" not in dict(turns):
         turns = to_turns(system, "system") + turns
     check_order(turns)
+    check_texts(turns, yes, no)
+    return Pair(turns[0][1] if len(turns) == 1 else tuple(turns), yes, no)
 
+
+def check_texts(turns, yes, no):
+    """Raises ValueError for texts that hold what is no part of them, or nothing."""
     contents = [content for _, content in turns]
-    for text in [*contents, yes, no]:
+    for text in (*contents, yes, no):
         text.encode()  # raises ValueError for half a "😀"
-        written_out = re.match(WRITTEN_OUT, text)
-        require(not written_out, f"a text is a list of messages written out: {text!r:.60}")
-        templated = re.match(TEMPLATED, text)
-        require(not templated, f"a text holds a chat template already, remove it: {text!r:.60}")
+        found = re.match(TEMPLATED, text)
+        require(not found, f"a text holds a chat template already, remove it: {text!r:.60}")
+        found = re.match(WRITTEN_OUT, text)
+        require(not found, f"a text is a list of messages written out: {text!r:.60}")
+    for text in (yes, no, dict(turns).get("system", "")):
+        require(not re.fullmatch(MISSING, text), f"a value is missing: {text!r}")
+
+    require(yes.strip() and no.strip(), "an answer is empty")
     both_end = re.search(END_TOKEN, yes) and re.search(END_TOKEN, no)
     require(not both_end, f"both answers end in a control token, remove it: {yes[-30:]!r}")
-    require(yes.strip() and no.strip(), "an answer is empty")
-    prompt_said = contents[0] if len(turns) == 1 else tuple(turns)
-    return Pair(prompt_said, yes, no)
+    question = contents[-1].strip()
+    repeated = yes.strip().startswith(question) and no.strip().startswith(question)
+    repeated = repeated and len(question.split()) > 2  # "Hi!" may well be answered by "Hi!"
+    require(not repeated, "both answers begin with the whole prompt, remove it")
 
 
 def check_order(turns):
@@ -433,11 +474,17 @@ def check_order(turns):
 # ---- Tokens --------------------------------------------------------------------------------------
 
 
-class Tokenizer:
-    """A checkpoint folder's tokenizer: tokenizer.model (sentencepiece) if it is there and is one,
-    or else tokenizer.json (package tokenizers).
+LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}  # of its class
 
-    controls: {control token: id}; size: how many ids there are beside added ones.
+
+class Tokenizer:
+    """A checkpoint folder's tokenizer: tokenizer.json (package tokenizers) or, if there is none or
+    both hold the same tokens, tokenizer.model (sentencepiece).
+
+    controls: {added token, which a template may write: id}
+    specials: the ids of those that no text must become.
+    spliced: are texts encoded apart from the control tokens around them, as sentencepiece has to?
+    size: how many ids there are beside added ones.
     variables: what a chat template may ask for, as "bos_token".
     decode(ids): text, without control tokens.
     name: the file and the beginning of its SHA-256.
@@ -447,44 +494,83 @@ class Tokenizer:
         path = Path(path)
         self.read_settings(path)
         file = path / "tokenizer.model"
+        json_file = path / "tokenizer.json"
         try:
-            self.open_sentencepiece(file)
+            model = read_sentencepiece(file)
         except ValueError as e:
             advice = f"cannot read {file}: {e}; copy the files tokenizer* of the base model there"
-            file = path / "tokenizer.json"
-            require(file.exists(), advice)
+            require(json_file.exists(), advice)
+            model = None
+
+        self.spliced = model is not None and self.is_enough(model, json_file)
+        if self.spliced:
+            self.open_sentencepiece(model)
+        else:
+            file = json_file
             self.open_tokenizer_json(file)
         self.name = f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
 
     def read_settings(self, path):
-        """What the files beside the tokenizer say of control tokens, if they are there."""
-        config_file = path / "tokenizer_config.json"
-        added_file = path / "added_tokens.json"
-        self.config = read_json(config_file) if config_file.is_file() else {}
-        self.controls = read_json(added_file) if added_file.is_file() else {}
-        self.variables = {"tools": None, "documents": None}
+        """What the files beside the tokenizer say, if they are there, as transformers reads them.
 
-        with named(f"{config_file} or {added_file.name} is malformed", Exception):
-            for number, token in self.config.get("added_tokens_decoder", {}).items():
-                self.controls[text_of_token(token)] = int(number)
-            for key, token in self.config.items():
-                if key.endswith("_token") and token and not isinstance(token, bool):
-                    self.variables[key] = text_of_token(token)
-            for text, number in self.controls.items():
-                plain = text and type(number) is int and number >= 0
-                require(plain, f"{text!r} with the id {number!r}")
+        added: the added tokens, with their flags; named: the special tokens that have a name.
+        """
+        self.config = read_beside(path / "tokenizer_config.json")
+        with named(f"{path}/tokenizer_config.json or a file beside it is no use", Exception):
+            if "added_tokens_decoder" in self.config:
+                tokens = self.config["added_tokens_decoder"].items()
+                self.added = {int(number): token for number, token in tokens}
+            else:  # as before transformers 4.34
+                self.config |= read_beside(path / "special_tokens_map.json")
+                numbers = read_beside(path / "added_tokens.json").items()
+                self.added = {number: {"content": text} for text, number in numbers}
+            for number, token in self.added.items():
+                plain = token["content"] and type(number) is int and number >= 0
+                require(
+                    plain and isinstance(token["content"], str), f"{token!r:.60}, id {number!r}"
+                )
 
-    def open_sentencepiece(self, file):
-        model = read_sentencepiece(file)
+            require(not self.config.get("split_special_tokens"), "split_special_tokens is set")
+            self.variables = {}
+            self.named = []
+            for key, value in self.config.items():
+                if key.endswith("_tokens") and isinstance(value, list):
+                    self.named += [text_of_token(token) for token in value]
+                elif key.endswith("_token") and value is None:  # a template writes nothing
+                    self.variables[key] = jinja2.Undefined(name=key)
+                elif key.endswith("_token") and not isinstance(value, bool):
+                    self.variables[key] = text_of_token(value)
+            self.named += [text for text in self.variables.values() if text]
+
+    def is_enough(self, model, json_file):
+        """Does tokenizer.model give transformers' ids? Raises ValueError if it does not, and there
+        is no tokenizer.json."""
+        pieces = {model.id_to_piece(number): number for number in range(model.vocab_size())}
+        self.controls = {token["content"]: number for number, token in self.added.items()}
+        for piece, number in pieces.items():
+            if model.is_control(number) or model.is_unknown(number):
+                self.controls[piece] = number
+        flags = {"lstrip": False, "rstrip": False, "single_word": False, "special": True}
+        usual = all({**flags, **token} == {**token, **flags} for token in self.added.values())
+        usual = usual and self.config.get("add_prefix_space") is not False
+
+        if not json_file.is_file():
+            advice = "this wants a tokenizer.json, as transformers' save_pretrained writes it"
+            require(usual, f"added words, tokens that strip blanks, add_prefix_space: {advice}")
+            return True
+        with named(f"cannot read {json_file}", Exception):
+            content = read_json(json_file)
+            added = {token["content"]: token["id"] for token in content["added_tokens"]}
+            return usual and added == self.controls and content["model"]["vocab"] == pieces
+
+    def open_sentencepiece(self, model):
         self.size = model.vocab_size()
+        self.specials = set()  # no text becomes one
         self.encode_text = model.encode
         self.byte_level = False
         legacy = self.config.get("legacy", True)
         self.spaceless = (" ", "▁") if legacy else ("",)  # every text begins with ""
 
-        for number in range(self.size):
-            if model.is_control(number):
-                self.controls[model.id_to_piece(number)] = number
         self.variables.setdefault("bos_token", model.id_to_piece(model.bos_id()))
         self.variables.setdefault("eos_token", model.id_to_piece(model.eos_id()))
         printed = set(range(self.size)) - set(self.controls.values())
@@ -492,21 +578,31 @@ class Tokenizer:
 
     def open_tokenizer_json(self, file):
         with named(f"cannot read {file}", Exception):
-            model = optional("tokenizers").Tokenizer.from_file(str(regular(file)))
+            tokenizers = optional("tokenizers")
+            model = tokenizers.Tokenizer.from_file(str(regular(file)))
+            for token in self.added.values():  # their flags win, as in transformers
+                model.add_tokens([tokenizers.AddedToken(**token)])
+            known = {token.content for token in model.get_added_tokens_decoder().values()}
+            model.add_special_tokens([text for text in self.named if text not in known])
         model.no_truncation()  # which a file may switch on
         model.no_padding()
-        model.encode_special_tokens = True  # as text
+        for chance in ("dropout", "alpha", "nbest_size"):
+            if hasattr(model.model, chance):
+                setattr(model.model, chance, None)
+
+        added = model.get_added_tokens_decoder()
+        self.controls = {token.content: number for number, token in added.items()}
+        self.specials = {number for number, token in added.items() if token.special}
         self.size = model.get_vocab_size(with_added_tokens=False)
         self.encode_text = lambda text: model.encode(text, add_special_tokens=False).ids
         self.byte_level = '"ByteLevel"' in model.to_str()
-        self.spaceless = ("",) if '"prepend_scheme":"first"' in model.to_str() else ()
-
-        for number, token in model.get_added_tokens_decoder().items():
-            self.controls[token.content] = number
+        if "Llama" in str(self.config.get("tokenizer_class")) and not self.byte_level:
+            self.variables = LLAMA_TOKENS | self.variables
+        self.spaceless = ()
         self.decode = model.decode
 
     def encode(self, text, first=True):
-        """The ids of a text, in which a literal "</s>" becomes no control token.
+        """The ids of a text; in tokenizer.json's, a literal "</s>" is one of the specials.
 
         first: whether the text begins the sequence. If it follows a control token, no space is put
             before a text that begins with one of `spaceless`.
@@ -516,6 +612,10 @@ class Tokenizer:
             return self.encode_text(text)
         start = "\ue000"  # which no vocabulary has
         return self.encode_text(start + text)[len(self.encode_text(start)) :]
+
+
+def read_beside(file):
+    return read_json(file) if file.is_file() else {}
 
 
 def read_sentencepiece(file):
@@ -590,11 +690,23 @@ SYSTEM_PROMPTS = {"llama-2": SYSTEM, "mistral": SYSTEM, "vicuna": VICUNA_SYSTEM,
 TEMPLATE_HELP = f"own (the checkpoint's), {', '.join(RECIPES)} or a .jinja file"
 
 
+CONSTANTS = {"tools": None, "documents": None, "enable_thinking": False}
+
+
+class Unknown(jinja2.Undefined):
+    """A name that nobody defines: a template may ask whether it is there, but not write it."""
+
+    __str__ = jinja2.StrictUndefined.__str__
+
+
 @functools.cache
 def compile_template(source):
     """The template as transformers compiles it, except that there is no clock, strftime_now: a
-    template takes the date that it has for that case. {% generation %} blocks change nothing."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    template takes the date that it has for that case. {% generation %} blocks change nothing. A
+    template can read nothing but the texts, but it is trusted to come to an end."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, undefined=Unknown
+    )
     environment.add_extension("jinja2.ext.loopcontrols")
     environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = functools.partial(require, False)
@@ -610,113 +722,141 @@ class Chat(NamedTuple):
     template: str = "llama-2"  # a key of RECIPES, or "own" and the hash of `source`
     system: str | None = SYSTEM  # None: what the template itself puts there, if anything
     source: str = ""  # of an own template, in jinja2's language
+    listed_ends: tuple = ()  # the ids at which generation ends, says the checkpoint
 
     @property
     def eos_id(self):
-        """The token that ends an answer."""
-        _, end = self.answer("-")
+        """The token that ends an answer in training."""
+        _, end = self.answer("Hello", "-")
         return self.tokenizer.controls[end]
+
+    @property
+    def end_ids(self):
+        """The tokens at which generation ends."""
+        return {self.eos_id, *self.listed_ends}
 
     def fill(self, turns):
         """The text of turns and, if the last is the user's, of the beginning of an answer."""
-        messages = [{"role": role, "content": text} for role, text in turns]
-        values = {"messages": messages, "add_generation_prompt": turns[-1][0] == "user"}
+        asks = turns[-1][0] == "user"
+        more = {"messages": as_messages(turns), "add_generation_prompt": asks}
         with named("the chat template fails", Exception):  # a template is a program
             template = compile_template(self.source or RECIPES[self.template])
-            return template.render(self.tokenizer.variables | values)
+            return template.render(self.tokenizer.variables | CONSTANTS | more)
 
-    def split(self, prompt, *answer):
-        """The text of a prompt, and of its answer if one is given, as a list in which every second
-        part is a control token:
-
-            ["", "<s>", "[INST] Lead? [/INST]"]
-            ["", "<s>", "[INST] Lead? [/INST] Yes.", "</s>", ""]
-
-        The template is filled with marks instead of the texts, so that only what it writes itself
-        can be a control token. Raises ValueError if it does more with a text than strip it.
-        """
-        turns = [("user", prompt)] if isinstance(prompt, str) else list(prompt)
+    def turns(self, prompt):
+        """The turns of a prompt, with the system prompt."""
+        turns = as_turns(prompt)
         check_order(turns)
         if turns[0][0] != "system" and self.system is not None:
             turns.insert(0, ("system", self.system))
-        turns += [("assistant", text) for text in answer]
+        return turns
 
-        # 1. Fill the template with marks, of Unicode's private-use area. The outer blanks of a text
-        # stay outside its mark, where the template may strip them.
+    def cut(self, text):
+        """The text as a list in which every second part is a control token."""
+        tokens = sorted(self.tokenizer.controls, key=len, reverse=True)  # one may begin another
+        any_token = "|".join(re.escape(token) for token in tokens) or "(?!)"  # (?!) is nowhere
+        return re.split(f"({any_token})", text)
+
+    def split(self, prompt):
+        """The text of a prompt, cut at the control tokens that the template writes:
+
+            ["", "<s>", "[INST] Lead? [/INST]"]
+
+        The template is filled with marks instead of the texts, so that a text can be no control
+        token. The outer blanks of a text stay outside its mark, where the template may strip them.
+        Raises ValueError if it does anything else with a text.
+        """
+        turns = self.turns(prompt)
         marked = []
+        texts = {}
         for i, (role, text) in enumerate(turns):
-            marked.append((role, re.sub(r"(?s)\S(.*\S)?", f"\ue000{i}\ue001", text)))
+            mark = f"\ue000{i}\ue001"  # of Unicode's private-use area
+            marked.append((role, re.sub(r"(?s)\S(.*\S)?", mark, text)))
+            texts[mark] = text.strip()
         filled = self.fill(marked)
 
-        # 2. Cut at the control tokens, of which one may begin another.
-        tokens = sorted(self.tokenizer.controls, key=len, reverse=True)
-        any_token = "|".join(re.escape(token) for token in tokens) or "(?!)"  # (?!) is nowhere
-        parts = re.split(f"({any_token})", filled)
-
-        # 3. Put the texts in the place of the marks.
-        texts = [text.strip() for _, text in turns]
-        parts = [re.sub("\ue000(\\d+)\ue001", lambda m: texts[int(m[1])], part) for part in parts]
+        parts = []
+        for part in self.cut(filled):
+            parts.append(re.sub("\ue000\\d+\ue001", lambda m: texts.get(m[0], m[0]), part))
         require("".join(parts) == self.fill(turns), "the chat template looks into the texts")
+        for mark, (role, _) in zip(texts, turns, strict=True):
+            there = mark in filled or not texts[mark]
+            require(there, f"this chat template has no {role} turn: it leaves out the text")
         return parts
 
-    def answer(self, text):
-        """(what follows a prompt if this is the answer, the control token that ends it): what a
-        conversation with the answer has more than one without.
+    def answer(self, prompt, text):
+        """(what follows a prompt if this is the answer, the control token that ends it), for
+        example " Yes." and "</s>". Raises ValueError if there is no such token.
 
-            prompt    ["", "<s>", "[INST] Hello [/INST]"]
-            whole     ["", "<s>", "[INST] Hello [/INST] Yes.", "</s>", ""]
-            returned  " Yes.", "</s>"
-
-        The conversation is a short one without a system prompt, because some templates move that
-        when there is an answer. Raises ValueError if no control token ends the answer.
+        Where a template moves the system prompt when there is an answer, any other prompt will do.
         """
-        chat = self._replace(system=None)
-        prompt = chat.split("Hello")
-        whole = chat.split("Hello", text)
-        n = len(prompt) - 1
-        last = prompt[n]
-        fits = len(whole) > n + 1 and whole[:n] == prompt[:n] and whole[n].startswith(last)
-        fits = fits and text.strip() in whole[n]
-        require(fits, f"a template must write {last!r:.9}, an answer, a token")
-        return whole[n].removeprefix(last), whole[n + 1]
+        for turns in (self.turns(prompt), [("user", "Hello")]):
+            before = self.fill(turns)
+            whole = self.fill([*turns, ("assistant", text)])
+            if whole.startswith(before):
+                break
+        rest = whole.removeprefix(before)
+        require(rest != whole, f"the chat template writes no answer after its {before[-60:]!r}")
 
-    def encode(self, parts):
-        """`split`'s texts and control tokens -> ids."""
-        controls = self.tokenizer.controls
-        written = {controls[token] for token in parts[1::2]}
+        begin = rest.find(text.strip())
+        kept = begin >= 0 and len(self.cut(rest[:begin])) == 1
+        require(
+            kept, f"the chat template looks into the texts, or begins {text!r:.30} with a token"
+        )
+        end = begin + len(text.strip())
+        behind, *tokens = self.cut(rest[end:])
+        advice = "give --template a .jinja file that writes {{ eos_token }} there"
+        require(tokens, f"the chat template ends an answer with no control token: {advice}")
+        return rest[:end] + behind, tokens[0]
+
+    def encode(self, prompt, answer="", end=""):
+        """The ids of a prompt and, if given, of an answer and its end, as `answer` returns them.
+
+        With tokenizer.json, and an own template, they are transformers': of the whole text at once.
+        Raises ValueError if a text becomes a control token.
+        """
+        tokenizer = self.tokenizer
+        official = self.template in RECIPES
+        parts = self.split(prompt)
+        parts[-1] += answer
+        if end:
+            parts.append(end)
+
+        written = [tokenizer.controls[token] for token in parts[1::2]]
+        guarded = tokenizer.specials.union(written)
         ids = []
         for i, part in enumerate(parts):
             if i % 2 == 1:
-                ids.append(controls[part])
+                ids.append(tokenizer.controls[part])
             else:  # a text; the official trainer put BOS before the ids of a text of its own
-                text_ids = self.tokenizer.encode(part, not ids or self.template in RECIPES)
-                require(written.isdisjoint(text_ids), f"a text holds a control token: {part!r:.60}")
+                text_ids = tokenizer.encode(part, not ids or official)
+                require(guarded.isdisjoint(text_ids), f"a text holds a control token: {part!r:.60}")
                 ids += text_ids
+        if tokenizer.spliced or official:
+            return ids
+
+        ids = tokenizer.encode("".join(parts))
+        found = [number for number in ids if number in guarded]
+        require(found == written, f"the tokenizer does not find all of {parts[1::2]!r:.60}")
         return ids
 
     def encode_prompt(self, prompt: str | tuple) -> list[int]:
         """Token ids, ready for generation."""
-        return self.encode(self.split(prompt))
+        return self.encode(prompt)
 
     def encode_responses(self, prompt, responses, limit=10**9):
         """(prompt ids, [ids of each response, with the token that ends it]): prompt and response
         are tokenised jointly and split at the prompt's length, as the official trainer does. Raises
         ValueError for more than `limit` tokens, and where a token spans the split (the official
-        trainer then moves it; a byte-level tokenizer encodes the response apart).
-
-            ["", "<s>", "[INST] Lead? [/INST]"]               the prompt's parts
-            ["", "<s>", "[INST] Lead? [/INST] Yes.", "</s>"]  jointly
-        """
-        *before, last = self.split(prompt)
-        prompt_ids = self.encode([*before, last])
+        trainer then moves it; a byte-level tokenizer encodes the response apart)."""
+        prompt_ids = self.encode(prompt)
         n = len(prompt_ids)
-
         found = []
         for response in responses:
-            text, end = self.answer(response)
-            ids = self.encode([*before, last + text, end])
+            answer, end = self.answer(prompt, response)
+            ids = self.encode(prompt, answer, end)
             if ids[:n] != prompt_ids and self.tokenizer.byte_level:
-                ids = prompt_ids + self.encode([text, end])
+                ids = prompt_ids + self.tokenizer.encode(answer + end)
             require(ids[:n] == prompt_ids, f"a token spans the prompt's end: {response[:60]!r}")
             require(len(ids) <= limit, f"too long: {len(ids)} tokens, the context is {limit}")
             found.append(ids[n:])
@@ -757,28 +897,29 @@ def encode_pairs(chat, pairs, max_seq_len, skip_bad=False):
 # A checkpoint whose own template renders PROBE so is Llama-2-chat, and one that renders it without
 # its system prompt so is Mistral-7B-Instruct v0.1 or v0.2, whose blanks differ.
 PROBE = (("system", "S"), ("user", "A"), ("assistant", "B"), ("user", "C"))
-AS_LLAMA_2 = "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nA [/INST] B </s><s>[INST] C [/INST]"
+AS_LLAMA_2 = re.escape("<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nA [/INST] B </s><s>[INST] C [/INST]")
 AS_MISTRAL = r"<s> ?\[INST\] A \[/INST\] ?B</s> ?\[INST\] C \[/INST\]"
 
 
 def choose_template(path, family, own):
     """The name of the template if the user gives none; own: a Chat with the checkpoint's."""
+    for name, turns, text in (("llama-2", PROBE, AS_LLAMA_2), ("mistral", PROBE[1:], AS_MISTRAL)):
+        with suppress(ValueError):  # the template fails, if there is one
+            if own.source and re.fullmatch(text, own.fill(turns)):
+                note = f"note: {path} gets the official recipe's {name} with its system prompt"
+                print(printable(f"{note}; --template own takes its own"))
+                return name
     if own.source:
-        with suppress(ValueError):  # Mistral's refuses a system prompt
-            if own.fill(PROBE) == AS_LLAMA_2:
-                return "llama-2"
-        with suppress(ValueError):
-            if re.fullmatch(AS_MISTRAL, own.fill(PROBE[1:])):
-                return "mistral"
         return "own"
 
-    # It is from before there were templates, as Llama-2 and Vicuna, if it has no other tokens.
+    # From before there were templates: Llama-2 and Vicuna, whose tokenizers have no other tokens.
     usual = r"<s>|</s>|<unk>|\W*pad\W*"
     others = [x for x in own.tokenizer.controls if not re.fullmatch(usual, x, re.IGNORECASE)]
     plain = family == "llama" and not others and not own.tokenizer.byte_level
     require(plain, f"{path} has no chat template; --template takes {TEMPLATE_HELP}")
     name = "vicuna" if "vicuna" in str(path).lower() else "llama-2"
-    print(f"note: {path} has no chat template, so {name} is taken; --template names another")
+    note = f"note: {path} has no chat template, so {name} is taken; --template names another"
+    print(printable(note))
     return name
 
 
@@ -807,14 +948,17 @@ def open_chat(path, config: Config, template: str | None = None, system: str | N
     for a tokenizer that does not fit the model.
     """
     tokenizer = Tokenizer(path)
-    own = Chat(tokenizer, "own", None, own_template(path, tokenizer.config))
+    ends = tuple(read_eos_ids(path))
+    own = Chat(tokenizer, "own", None, own_template(path, tokenizer.config), ends)
     name = template or choose_template(path, config.family, own)
     if name.endswith(".jinja"):
         own = own._replace(source=read_text(Path(name)))
+        indented = re.search(r"(?m)^(  |\t)", own.fill(PROBE[1:]))
+        require(not indented, f"{name} writes the blanks that indent it: use {{{{- and -}}}}")
         name = "own"
 
     if name in RECIPES:
-        chat = Chat(tokenizer, name, SYSTEM_PROMPTS[name])
+        chat = Chat(tokenizer, name, SYSTEM_PROMPTS[name], "", ends)
     else:
         known = own.source and name.split(" ")[0] == "own"
         require(known, f"no template {name!r} but {TEMPLATE_HELP}")
@@ -1118,6 +1262,10 @@ def run_or_exit(parser, run, argv):
     leaves, as in `| head -1`, the program ends without a word, with exit code 141.
     """
     args = parser.parse_args(argv)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # it may be closed: >&-
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a console may lack a character
+            stream.reconfigure(errors="backslashreplace")
     if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
@@ -1128,10 +1276,8 @@ def run_or_exit(parser, run, argv):
         # Python writes what is left when it ends, and must not fail at that again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, RecursionError) as e:
         parser.error(str(e))
-    except RecursionError as e:
-        parser.error(f"what is read is nested too deeply: {e}")
     except (MemoryError, torch.OutOfMemoryError) as e:
         parser.error(f"out of memory; try --dtype bfloat16, or less data at a time ({e})")
     except (KeyboardInterrupt, SystemExit) as e:

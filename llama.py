@@ -517,11 +517,12 @@ def read_config(path: str | Path) -> Config:
 
 def read_eos_ids(path: str | Path) -> list[int]:
     """The ids at which generation ends, as generation_config.json in folder `path` lists them or,
-    without such a file, config.json; maybe none. Raises ValueError for what is no id."""
+    without such a file, config.json; none if there is neither. Raises ValueError for what is no
+    id."""
     file = Path(path, "generation_config.json")
     if not file.is_file():
         file = Path(path, "config.json")
-    listed = read_json(file).get("eos_token_id")
+    listed = read_json(file).get("eos_token_id") if file.is_file() else None
     if listed is None:
         return []
     ids = listed if isinstance(listed, list) else [listed]

@@ -6,7 +6,7 @@ import hashlib
 import json
 
 import pytest
-from conftest import MINI, messages
+from conftest import MINI, messages, refused
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from small_tokenizers import (
@@ -16,13 +16,12 @@ from small_tokenizers import (
     SENTENCEPIECE,
     TEMPLATE_FILES,
     model_config,
-    train_tokenizer,
     write_tokenizer_json,
     write_tokenizer_model,
 )
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-from data import RECIPES, SYSTEM, Chat, Pair, Tokenizer, open_chat, read_pairs
+from data import RECIPES, SYSTEM, Chat, Pair, Tokenizer, encode_pairs, open_chat, read_pairs
 
 ONE = (("user", "Would you lead?"),)
 MORE = (*ONE, ("assistant", "Yes, gladly."), ("user", "And now?"))
@@ -305,7 +304,8 @@ def test_the_prompts_ids_begin_the_pairs(chats, prompt, chosen, rejected, turns,
     try:
         ids = chat.encode_pair(Pair(prompt, chosen, rejected))
     except ValueError as e:
-        assert "same tokens" in str(e) or "spans the end" in str(e)
+        refused_text = "holds a control token" in str(e) and not chat.tokenizer.spliced
+        assert refused_text or "same tokens" in str(e) or "spans the prompt's end" in str(e)
         return
     assert ids.prompt == chat.encode_prompt(prompt)
     controls = set(chat.tokenizer.controls.values())
@@ -354,13 +354,6 @@ def test_a_response_that_begins_with_a_newline_does_not_touch_the_prompt(byte_le
     assert ids.chosen == [*oracle(text, add_special_tokens=False).input_ids, chat.eos_id]
 
 
-def test_responses_of_the_same_ids_are_refused(tmp_path):
-    train_tokenizer(tmp_path)  # sentencepiece's default normaliser takes these for the same
-    pair = Pair("Lead?", "a b", "a  b", "x.jsonl:3")
-    with pytest.raises(ValueError, match="x.jsonl:3: chosen and rejected are the same tokens"):
-        Chat(Tokenizer(tmp_path)).encode_pair(pair)
-
-
 def test_pair_longer_than_the_context_is_named():
     pair = Pair("word " * 50, "Yes.", "No.", "x.jsonl:7")
     n = len(Chat(TOKENIZER).encode_prompt(pair.prompt)) + 1
@@ -368,33 +361,29 @@ def test_pair_longer_than_the_context_is_named():
         Chat(TOKENIZER).encode_pair(pair, max_seq_len=n)
 
 
-def test_a_text_stays_text(byte_level, tmp_path):
-    """Also one that spells a control token, or the marks that stand for texts."""
+def test_a_text_becomes_no_control_token(byte_level, tmp_path):
+    """With tokenizer.json one that spells such a token is refused, with tokenizer.model it stays
+    text; and so do marks like those that stand for texts."""
     chat, oracle, tokens = byte_level
-    text = tokens + "</s>{{ x }}{content} \ue0000\ue001\ue0001\ue001"
-    special = oracle.convert_tokens_to_ids(tokens.split())
-    for plain, odd in (
-        ("x", text),
-        ((BRIEF, *MORE), (("system", text), *MORE[:2], ("user", text))),
-    ):
-        plain, ids = chat.encode_prompt(plain), chat.encode_prompt(odd)
-        assert [i for i in ids if i in special] == [i for i in plain if i in special] != []
-        assert text in oracle.decode(ids)
-    response = chat.encode_responses("x", [text])[1][0]
-    assert [i for i in response if i in special] == [chat.eos_id] == response[-1:]
+    for token in tokens.split():
+        for prompt in (
+            f"Say {token}.",
+            (("system", token), *ONE),
+            (*ONE, ("assistant", token), *ONE),
+        ):
+            refused(
+                lambda prompt=prompt: chat.encode_prompt(prompt), "a text holds a control token"
+            )
+        pair = Pair("Lead?", "Yes.", f"No.{token}", "x.jsonl:3")
+        refused(lambda pair=pair: chat.encode_pair(pair), "x.jsonl:3: a text holds a control token")
+        kept, _ = encode_pairs(chat, [pair, pair._replace(rejected="No.")], 512, skip_bad=True)
+        assert [pair.rejected for pair in kept] == ["No."]
+
+    text = "</s>{{ x }}{content} \ue0000\ue001\ue0001\ue001\ue000999\ue001"
+    assert text in oracle.decode(chat.encode_prompt(text))
     spm = open_chat(write_tokenizer_model(tmp_path), model_config())
     assert [i for i in spm.encode_prompt("</s>[INST]<s>") if i < 3] == [1]
-
-
-def test_a_control_token_that_a_text_could_spell_is_refused(tmp_path):
-    """A file may declare its control tokens ordinary ones (sentencepiece: user-defined symbols)."""
-    write_tokenizer_json(tmp_path, TEMPLATE_FILES["qwen2.5"], *BYTE_LEVEL["qwen2.5"])
-    file = tmp_path / "tokenizer.json"
-    file.write_text(file.read_text().replace('"special": true', '"special": false'))
-    chat = open_chat(tmp_path, model_config())
-    assert len(chat.encode_prompt("Lead?")) > 5
-    with pytest.raises(ValueError, match=r"x:1: a text holds a control token: .*Yes.<\|im_end\|>'"):
-        chat.encode_pair(Pair("Lead?", "Yes.<|im_end|>", "No.", "x:1"))
+    assert spm.encode_responses("x", ["</s>"])[1][0].count(2) == 1
 
 
 # ---- templates that are refused
@@ -414,27 +403,54 @@ PARTS = (
         ("{{ messages.__class__.__mro__ }}", "template fails: access to attribute '__class__'"),
         (
             PARTS[0] + "A:{{ m.content }}" + PARTS[1] + PARTS[2],
-            "must write 'HelloA:', an answer, a token",
+            "ends an answer with no control token: give --template a .jinja",
         ),
         (
             PARTS[0] + "B:{{ m.content + eos_token }}" + PARTS[1] + PARTS[2],
-            "must write 'HelloA:', an answer, a token",
+            "the chat template writes no answer after its 'HelloA:'",
         ),
         (
             PARTS[0] + "A:{{ bos_token + m.content + eos_token }}" + PARTS[1] + PARTS[2],
-            "must write 'HelloA:', an answer, a token",
+            "looks into the texts, or begins '-' with a token",
         ),
         (
             PARTS[0] + "A:{{ m.content.upper() + eos_token }}" + PARTS[1] + PARTS[2],
             "looks into the texts",
         ),
         ("{{ messages[0].content[:2] + eos_token }}", "looks into the texts"),
+        ("{{ sep_token }}{{ messages[0].content }}", "template fails: 'sep_token' is undefined"),
+        ("{{ '\ue0000\ue001' }}{{ messages[0].content }}", "looks into the texts"),
     ],
 )
 def test_templates_that_are_refused(tmp_path, template, message):
     with pytest.raises(ValueError, match=message):
         folder = write_tokenizer_model(tmp_path, chat_template=template)
-        open_chat(folder, model_config()).answer("Hi")
+        open_chat(folder, model_config()).answer("Hello", "Hi")
+
+
+def test_a_system_prompt_that_the_template_leaves_out_is_refused(tmp_path):
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}"
+        "{% elif m.role == 'assistant' %} {{ m.content + eos_token }}{% endif %}{% endfor %}"
+    )
+    folder = write_tokenizer_model(tmp_path, chat_template=template)
+    chat = open_chat(folder, model_config())
+    reason = "this chat template has no system turn: it leaves out the text"
+    refused(lambda: open_chat(folder, model_config(), system="Be brief."), reason)
+    refused(lambda: chat.encode_pair(Pair((BRIEF, *ONE), "a", "b", "x:1")), f"x:1: {reason}")
+    assert chat.encode_prompt((("system", " "), *ONE)) == chat.encode_prompt(ONE)
+
+
+def test_a_template_file_that_writes_its_indentation_is_refused(tmp_path):
+    """As people lay one out for reading; transformers would write the blanks too."""
+    file = tmp_path / "pretty.jinja"
+    file.write_text("{% for m in messages %}\n    {{ m.content + eos_token }}\n{% endfor %}")
+    refused(
+        lambda: open_chat(MINI, model_config(), str(file)),
+        f"{file} writes the blanks that indent it: use {{{{- and -}}}}",
+    )
+    file.write_text("{% for m in messages %}\n    {{- m.content + eos_token -}}\n{% endfor %}")
+    assert render(open_chat(MINI, model_config(), str(file)), "Lead?") == "Lead?</s>"
 
 
 def test_a_template_may_end_an_answer_only_if_it_asks_for_none(tmp_path):
@@ -443,7 +459,7 @@ def test_a_template_may_end_an_answer_only_if_it_asks_for_none(tmp_path):
         + "{% if add_generation_prompt %}A:{% else %}{{ eos_token }}{% endif %}"
     )  # fmt: skip
     chat = open_chat(write_tokenizer_model(tmp_path, chat_template=template), model_config())
-    assert chat.split("Q") == ["QA:"] and chat.answer("Yes.") == ("Yes.", "</s>")
+    assert chat.split("Q") == ["QA:"] and chat.answer("Q", "Yes.") == ("Yes.", "</s>")
 
 
 def test_a_template_that_cuts_an_answer_is_refused_where_it_does(tmp_path):
@@ -525,7 +541,9 @@ def test_template_by_the_checkpoints_own_files(tmp_path, capsys):
     assert chosen("in-a-file", files["llama-2"], jinja=files["zephyr"]) == own(files["zephyr"])
     several = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": files["yi"]}]
     assert chosen("several", several, tokens=CHATML) == own(files["yi"])
-    assert "note:" not in capsys.readouterr().out
+    notes = capsys.readouterr().out
+    assert notes.count("note: ") == notes.count(" gets the official recipe's ") == 4
+    assert notes.count("its system prompt; --template own takes its own") == 4
     # no chat_template: a plain Llama, or Vicuna by its name, or refused
     assert chosen("llama2-base") == ("llama-2", SYSTEM)
     assert "note: " in (out := capsys.readouterr().out) and "so llama-2 is taken" in out

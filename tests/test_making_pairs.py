@@ -85,7 +85,7 @@ def test_no_pairs_no_file(folder, fails):
     fails(evaluation.main, command("--questions", "none.txt"), "no p")
     assert not out.exists()
     out.write_text("mine")
-    fails(evaluation.main, command(), "cannot read out/pairs.jsonl: line 1: ")
+    fails(evaluation.main, command(), "cannot read out/pairs.jsonl: line 1 holds no whole record: ")
     assert out.read_text() == "mine"
 
 
@@ -253,13 +253,13 @@ def test_prompts(tmp_path, name, text, prompts):
         ("x.csv", "text,other\na,b\n", "x.csv:2: no column is the prompt: only"),
         ("x.csv", "prompt,query\na,b\n", "x.csv:2: .*query.* prompt"),
         ("x.jsonl", '{"prompt": "a"}\n7\n', "x.jsonl:2: not a value for each named column: 7"),
-        ("x.jsonl", '{"prompt": "a"}\n{"prompt"', "cannot read .*x.jsonl: line 2: "),
-        ("x.jsonl", '{"prompt": 7}', "x.jsonl:1: not a message .*: 7"),
+        ("x.jsonl", '{"prompt": "a"}\n{"prompt"', "cannot read .*: line 2 holds no whole record: "),
+        ("x.jsonl", '{"prompt": 7}', "x.jsonl:1: prompt holds no text, .*: 7"),
         ("x.jsonl", '{"prompt": []}', "x.jsonl:1: no column is the prompt"),
         ("x.jsonl", r'{"prompt": "\ud83d"}', "x.jsonl:1: .*surrogates not allowed"),
         ("x.json", json.dumps([{"messages": messages(TALK[:2])}]),
          "x.json record 1: .*turns .* user, .*user assistant"),
-        ("x.json", json.dumps([{"prompt": "a", "system": 7}]), "record 1: not a message .*: 7"),
+        ("x.json", json.dumps([{"prompt": "a", "system": 7}]), "record 1: system holds no text"),
     ],
 )  # fmt: skip
 def test_prompts_that_are_refused(tmp_path, name, text, message):

@@ -159,6 +159,40 @@ data.run_or_exit(data.Parser(prog="p"), run, [])"""
     assert process.returncode == 141
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_console_that_lacks_a_character_gets_an_escape(encoding):
+    code = """import data
+def run(args):
+    print("Да 😀 é")
+    raise ValueError("нет")
+data.run_or_exit(data.Parser(prog="p"), run, [])"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"PYTHONIOENCODING": encoding}, encoding=encoding,
+    )  # fmt: skip
+    accent = "\\xe9" if encoding == "ascii" else "é"
+    assert done.stdout == f"\\u0414\\u0430 \\U0001f600 {accent}\n"
+    assert (done.returncode, done.stderr) == (2, "p: \\u043d\\u0435\\u0442\n")
+
+
+@pytest.mark.parametrize(
+    ("where", "code", "err"), [(">&-", 0, ""), ("> /dev/full", 2, "p: [Errno 28] No space left")]
+)
+def test_standard_output_that_is_closed_or_full(where, code, err):
+    program = "import data; data.run_or_exit(data.Parser(prog='p'), lambda args: print('x'), [])"
+    line = f'{sys.executable} -c "{program}" {where}'
+    done = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code and done.stderr.startswith(err)
+    assert done.stderr.count("\n") == bool(err)
+
+
+def test_nesting_that_is_too_deep_is_one_line(fails):
+    def endless(args):
+        endless(args)
+
+    fails(lambda argv: data.run_or_exit(data.Parser(prog="p"), endless, argv), [], "p: maximum rec")
+
+
 def test_a_program_may_run_beside_the_main_thread(fails):
     def broken(args):
         raise ValueError("no")

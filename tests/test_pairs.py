@@ -1,6 +1,7 @@
 """Pair files as others write them, and those that are refused: each record here has the shape of a
 published file's, and each refusal is one line that says what to do."""
 
+import gzip
 import json
 import os
 import re
@@ -92,6 +93,10 @@ SHORT_HH = f"\n\nHuman: {LEAD}\n\nAssistant:"
         ("HH-RLHF", {"chosen": f"{SHORT_HH} {YES}", "rejected": f"{SHORT_HH} {NO}"}, LEAD),
         ("HH-RLHF", {"prompt": HH, "chosen": f" {YES}", "rejected": f" {NO}"}, CHAT),
         ("HH-RLHF", {"prompt": HH, "chosen": f"{HH} {YES}", "rejected": f"{HH} {NO}"}, CHAT),
+        ("HH-RLHF", {"prompt": HH.replace("\n", "\r\n"), "chosen": YES, "rejected": NO}, CHAT),
+        ("HH-RLHF", {"prompt": HH.replace("\n\n", "\n"), "chosen": YES, "rejected": NO}, CHAT),
+        ("HH-RLHF", {"prompt": HH.replace("\n\n", " "), "chosen": YES, "rejected": NO}, CHAT),
+        ("messages with empty keys", ANSWERS | {"prompt": [said(LEAD)[0] | {"name": None}]}, LEAD),
         ("model-written evals", evals(EVAL, " (B)", " (A)"), LEAD),
         ("model-written evals", evals(f"{LEAD}\n(A) {YES}\n(B) {NO}", "(A)", "(B)"), LEAD),
         ("model-written evals", evals(LEAD, " " + YES, " " + NO), LEAD),
@@ -212,12 +217,24 @@ def test_columns_of_a_csv_may_be_in_any_order_and_more(tmp_path):
         ("x.jsonl", '{"prompt": "q", "chosen": "a", "rejected": "b"}\n', ":1"),
         ("x.json", '[\n{"prompt": "q", "chosen": "a", "rejected": "b"}]', " record 1"),
         ("x.csv", "prompt,chosen,rejected\nq,a,b\n", ":2"),
+        # under the other suffix, as Dataset.to_json("x.json") writes lines
+        ("x.json", '{"prompt": "q", "chosen": "a", "rejected": "b"}\n', ":1"),
+        ("x.jsonl", '[{"prompt": "q", "chosen": "a", "rejected": "b"}]', " record 1"),
     ],
 )
 def test_containers(tmp_path, name, text, place):
     file = tmp_path / name
+    packed = tmp_path / f"{name}.gz"
     file.write_text(text)
-    assert read_pairs(file) == [Pair("q", "a", "b", f"{file}{place}")]
+    packed.write_bytes(gzip.compress(text.encode()))
+    for path in (file, packed):
+        assert read_pairs(path) == [Pair("q", "a", "b", f"{path}{place}")]
+
+
+def test_numbers_and_short_echoes_may_be_answers(tmp_path):
+    sums = {"prompt": "1 + 1?", "chosen": "2", "rejected": "1", "id": "7"}
+    echo = {"prompt": "Hi Ann!", "chosen": "Hi Ann! Well?", "rejected": "Hi Ann! No."}
+    assert len(read_pairs(jsonl(tmp_path / "x.jsonl", sums, echo))) == 2
 
 
 def test_long_fields_and_headings(tmp_path):
@@ -303,7 +320,11 @@ def test_too_long_pairs_are_dropped_and_counted(mini, tmp_path, capsys):
 
 # ---- what is refused
 
-NO_MESSAGE = "not a message of system, user or assistant with content: "
+NO_MESSAGE = " holds no text, nor a message of system, user or assistant: "
+MISSING = ("nan", "None", "NULL", "N/A", " \\N\n")
+TOOL_CALL = {"role": "assistant", "content": YES, "tool_calls": [{"function": {"name": "lead"}}]}
+THOUGHT = {"role": "assistant", "content": NO, "reasoning_content": "Hm."}
+POINTERS = {"prompt": LEAD, "model_a": YES, "model_b": NO}
 NO_TURNS = "turns are user, assistant, ..., user, maybe after system, not "
 ANOTHER_END = "chosen and rejected must differ in one last message, the assistant's"
 NO_PROMPT = "no column is the prompt, and there are no messages before the answers"
@@ -327,14 +348,14 @@ NO_PROMPT = "no column is the prompt, and there are no messages before the answe
         (ANSWERS | {"system": "Be brief."}, NO_PROMPT),
         (ANSWERS | {"conversations": [{"from": "human", "value": "x"}]}, NO_PROMPT),
         # texts
-        (TRL | {"chosen": 7}, f"{NO_MESSAGE}7"),
-        (TRL | {"chosen": [7]}, f"{NO_MESSAGE}7"),
-        (TRL | {"prompt": 7}, f"{NO_MESSAGE}7"),
-        (TRL | {"prompt": None}, f"{NO_MESSAGE}None"),
-        (TRL | {"system": 7}, f"{NO_MESSAGE}7"),
+        (TRL | {"chosen": 7}, f"chosen{NO_MESSAGE}7"),
+        (TRL | {"chosen": [7]}, f"chosen{NO_MESSAGE}7"),
+        (TRL | {"prompt": 7}, f"prompt{NO_MESSAGE}7"),
+        (TRL | {"prompt": None}, f"prompt{NO_MESSAGE}None"),
+        (TRL | {"system": 7}, f"system{NO_MESSAGE}7"),
         (TRL | {"prompt": "\ud800"}, "surrogates not allowed"),
         (TRL | {"chosen": " "}, "an answer is empty"),
-        (TRL | {"rejected": None}, "an answer is empty"),
+        (TRL | {"rejected": None}, f"rejected{NO_MESSAGE}None"),
         # messages
         (TRL | {"prompt": said("q", "a")}, f"{NO_TURNS}'user assistant'"),
         (TRL | {"prompt": said("q") * 2}, f"{NO_TURNS}'user user'"),
@@ -342,12 +363,37 @@ NO_PROMPT = "no column is the prompt, and there are no messages before the answe
         (WHOLE | {"prompt": None}, f"{NO_MESSAGE}None"),
         (WHOLE | {"chosen": [{"role": "tool", "content": "x"}]}, f"{NO_MESSAGE}{{'role': 'tool'"),
         (WHOLE | {"chosen": [{"role": "user", "content": [1]}]}, f"{NO_MESSAGE}{{'role': 'user'"),
-        (WHOLE | {"chosen": ["Yes."]}, f"{NO_MESSAGE}'Yes.'"),
+        (WHOLE | {"chosen": ["Yes."]}, "chosen is a list of texts, not one text: 'Yes.'"),
         (WHOLE | {"prompt": "Why?"}, "the messages before the answer do not hold the prompt"),
         (WHOLE | {"chosen": said(*HISTORY)}, ANOTHER_END),
         (WHOLE | {"chosen": said("Hi!", YES)}, ANOTHER_END),
         (ANSWERS | {"chosen": []}, "an answer is empty"),
         (WHOLE | {"rejected": said(*HISTORY, " ")}, "an answer is empty"),
+        (WHOLE | {"prompt": said("q") + [3]}, f"prompt{NO_MESSAGE}3"),
+        # what a message says beside its content
+        (
+            ANSWERS | {"prompt": [said(LEAD)[0] | {"name": "Ann"}]},
+            "more than role and content: ['n",
+        ),
+        (WHOLE | {"chosen": [*said(*HISTORY), TOOL_CALL]}, "role and content: ['tool_calls']"),
+        (WHOLE | {"rejected": [*said(*HISTORY), THOUGHT]}, "role and content: ['reasoning_c"),
+        # transcripts whose turns cannot be told apart
+        (
+            TRL | {"prompt": "Human: Hi!Assistant: Hello.\n\nAssistant:"},
+            "a turn of a transcript ho",
+        ),
+        (TRL | {"prompt": "Human: Hi!\n\nAssistant: Hm.\nAssistant:"}, "a turn of a transcript ho"),
+        # answers that repeat the prompt, are missing, or stand in other columns
+        (
+            TRL | {"chosen": f"{LEAD}\n{YES}", "rejected": f" {LEAD} {NO}"},
+            "the whole prompt, remove",
+        ),
+        *[(TRL | {"rejected": x}, f"a value is missing: {x!r}") for x in MISSING],
+        *[(TRL | {"system": x}, f"a value is missing: {x!r}") for x in MISSING],
+        (truthful("N/A", "a"), "a value is missing: 'N/A'"),
+        (POINTERS | {"chosen": "0", "rejected": "1"}, "the answers 0 and 1 are names, not texts"),
+        (POINTERS | {"chosen": "model_a", "rejected": "model_b"}, "are names, not texts"),
+        (POINTERS | {"chosen": 1, "rejected": 0}, f"chosen{NO_MESSAGE}1"),
         # lists and messages that were written out as text
         (TRL | {"chosen": "[{'role': 'user', 'content': 'x'}]"}, "a list of messages written out"),
         (TRL | {"rejected": '[ {"from": "human", "value": "x"}]'}, "list of messages written out"),
@@ -384,15 +430,21 @@ COLUMNS = "question,matching,not_matching\n"
         ("x.jsonl", LFS, "Git LFS pointer"),
         ("x.jsonl", b"PAR1\x15\x04", "Parquet"),
         ("x.parquet", b"PAR1\x15\x04", "is no .csv, .json or .jsonl"),
+        ("x.txt.gz", gzip.compress(b"{}", mtime=0), "is no .csv, .json or .jsonl, maybe with .gz"),
+        ("x.jsonl.gz", b"{}", "Not a gzipped file"),
+        ("x.jsonl.gz", gzip.compress(b"{}", mtime=0)[:-9], "ended before the end-of-stream marker"),
+        ("x.jsonl.gz", gzip.compress(b"\n" * 2**26, mtime=0), "holds more than 19 MiB"),
         # JSON
         ("x.jsonl", b"", "no pairs: read 0 pairs from "),
-        ("x.jsonl", b"\n{oops\n", ": line 2: Expecting property name"),
+        ("x.jsonl", b"\n{oops\n", ": line 2 holds no whole record: Expecting property name"),
         ("x.jsonl", b'\n["a"]\n', ":2: not a value for each named column: ['a']"),
         ("x.jsonl", b'{"prompt": "\xe9"}', "'utf-8' codec can't decode byte 0xe9"),
-        ("x.jsonl", b'{"a":' * 100_000, ": line 1: it is nested too deeply"),
+        ("x.jsonl", b'{"a":' * 100_000, ": line 1 holds no whole record: it is nested too deeply"),
         ("x.json", b"[" * 100_000, "it is nested too deeply"),
-        ("x.json", b"7", "it holds one object, not a list of records"),
-        ("x.json", b'{"prompt": ["a"], "chosen": ["b"]}', "it holds one object, not a list"),
+        ("x.json", b'[{"a":' * 100_000, "it is nested too deeply"),
+        ("x.json", b"7", ":1: not a value for each named column: 7"),
+        ("x.json", b'{\n"prompt": "a"\n}', ": line 1 holds no whole record: Expecting property"),
+        ("x.json", b'{"prompt": ["a"], "chosen": ["b"]}', ":1: no columns prompt, chosen and"),
         # CSV
         ("x.csv", b"", "no pairs: read 0 pairs"),
         ("x.csv", COLUMNS, "no pairs: read 0 pairs"),
