@@ -905,7 +905,7 @@ def read_rows(path, more):
     """{JSON of the JUDGED values: row | more} of answers, judged or not: those in what eval.py
     --json wrote, or the rows of a .jsonl file. Raises ValueError for a row that is no answer."""
     if path.suffix == ".json":
-        records = enumerate(read_json(path).get("answers", []), 1)
+        records = enumerate(read_json(path).get("answers") or [], 1)
     else:
         records = data.open_records(path)
 
