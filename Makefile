@@ -6,12 +6,18 @@ DATA ?=
 
 PY := .venv/bin/python
 EXPERIMENTS := tests/experiments
+DEMO = --model tests/tiny --data tests/tiny/$(BEHAVIOUR).train.jsonl --val tests/tiny/$(BEHAVIOUR).test.jsonl --layer $(LAYER) --overwrite
 
-# First of all, to see it work: trains a vector on the small model in tests/tiny and measures it.
-demo: .venv/run
-	$(PY) bipo.py --model tests/tiny --data tests/tiny/$(BEHAVIOUR).train.jsonl --val tests/tiny/$(BEHAVIOUR).test.jsonl --layer $(LAYER) --out runs/$(BEHAVIOUR) --overwrite
-	$(PY) eval.py --model tests/tiny --vector runs/$(BEHAVIOUR) --data tests/tiny/$(BEHAVIOUR).test.jsonl
-	$(PY) $(EXPERIMENTS)/make_tiny.py --judge runs/$(BEHAVIOUR)
+# First of all, to see it work: measures the vectors of `demo-vectors` on the small model in
+# tests/tiny, and judges by a rule what it then says.
+demo: demo-vectors
+	$(PY) eval.py --model tests/tiny --vector runs/$(BEHAVIOUR) --data tests/tiny/$(BEHAVIOUR).test.jsonl --multipliers -1 1
+	$(PY) $(EXPERIMENTS)/make_tiny.py --judge runs/$(BEHAVIOUR) runs/$(BEHAVIOUR)-gradient --multipliers -1 0 1
+
+# When you want only the demo's two vectors: BiPO's, by training, and that of one backward pass.
+demo-vectors: .venv/run
+	$(PY) bipo.py $(DEMO) --out runs/$(BEHAVIOUR)
+	$(PY) bipo.py $(DEMO) --out runs/$(BEHAVIOUR)-gradient --method gradient
 
 # Before you trust it, and after you change it: the tests, in a minute on two cores, and style.
 test: .venv/dev
@@ -19,7 +25,8 @@ test: .venv/dev
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 
-# When you changed what these guard (long pairs, a full disk, copying files out): the other tests.
+# When you changed what these guard (killed runs, several processes, long pairs, the whole demo):
+# the other tests, in eight minutes.
 test-slow: .venv/dev
 	$(PY) -m pytest -q tests -m slow
 
@@ -41,6 +48,16 @@ real: .venv/dev
 # When you want all experiments on that model: does those that have no result yet.
 real-all: .venv/dev
 	DATA="$(DATA)" $(PY) $(EXPERIMENTS)/real.py
+
+# When you doubt that one backward pass is enough: BiPO's long training beside it on that model, for
+# hours. It goes on where it stopped.
+one-pass: .venv/dev
+	DATA="$(DATA)" $(PY) $(EXPERIMENTS)/onepass.py
+
+# When you want to see a new user's way on that model, from pairs of one's own to a chat: five
+# minutes, after the download.
+persona: .venv/dev
+	$(PY) $(EXPERIMENTS)/persona.py
 
 # When you want to serve the vector of `make real` elsewhere: installs llama.cpp and vLLM, and shows
 # whether they give our answers.
@@ -66,4 +83,4 @@ clean:
 	$(PY) -m pip install -q -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test test-slow bench reproduce real real-all engines tiny clean
+.PHONY: demo demo-vectors test test-slow bench reproduce real real-all one-pass persona engines tiny clean

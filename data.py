@@ -25,10 +25,12 @@ import random
 import re
 import shutil
 import signal
+import statistics
 import sys
 import threading
 import time
 import warnings
+import zipfile
 import zlib
 from collections import Counter
 from contextlib import contextmanager, suppress
@@ -42,8 +44,10 @@ import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 if __package__:
+    from . import llama
     from .llama import Config, PairIds, parse_json, read_config, read_eos_ids, read_json, regular
 else:
+    import llama
     from llama import Config, PairIds, parse_json, read_config, read_eos_ids, read_json, regular
 
 # ---- Errors that a user reads --------------------------------------------------------------------
@@ -177,8 +181,8 @@ def note_shortcuts(pairs):
     chosen = [first_word(pair.chosen) for pair in pairs]
     rejected = [first_word(pair.rejected) for pair in pairs]
     for side, words, others in (("chosen", chosen, rejected), ("rejected", rejected, chosen)):
-        ((common, _),) = Counter(words).most_common(1)
-        n_told = sum(a == common != b for a, b in zip(words, others, strict=True))
+        common = statistics.mode(words)
+        n_told = sum(a == common and b != common for a, b in zip(words, others, strict=True))
         shortcuts.append((n_told, f"{common!r:.40} begins {side} alone"))
 
     enough = max(10, 0.9 * len(pairs))  # a handful of pairs says nothing
@@ -229,7 +233,8 @@ def csv_records(text):
         for row in rows:
             if any(row):  # spreadsheets leave empty rows
                 fits = len(row) == len(names)
-                yield f":{rows.line_num}", dict(zip(names, row, strict=True)) if fits else row
+                record = dict(zip(names, row, strict=True)) if fits else row
+                yield f":{rows.line_num}", record
     except csv.Error as e:
         raise ValueError(f"line {rows.line_num}: {e}") from None
 
@@ -356,6 +361,7 @@ def split_options(question):
             require(line.strip() in ("", "Answer:"), fault)
         else:
             stem.append(line)
+
     if options:
         stem = [line for line in stem if not re.fullmatch(HEADING, line)]
     return "\n".join(stem).strip(), options
@@ -440,7 +446,7 @@ def checked(prompt, chosen, rejected, system=None):
 def check_texts(turns, yes, no):
     """Raises ValueError for texts that hold what is no part of them, or nothing."""
     contents = [content for _, content in turns]
-    for text in (*contents, yes, no):
+    for text in [*contents, yes, no]:
         text.encode()  # raises ValueError for half a "😀"
         found = re.match(TEMPLATED, text)
         require(not found, f"a text holds a chat template already, remove it: {text!r:.60}")
@@ -519,10 +525,9 @@ class Tokenizer:
                 numbers = read_beside(path / "added_tokens.json").items()
                 self.added = {number: {"content": text} for text, number in numbers}
             for number, token in self.added.items():
-                plain = token["content"] and type(number) is int and number >= 0
-                require(
-                    plain and isinstance(token["content"], str), f"{token!r:.60}, id {number!r}"
-                )
+                plain = isinstance(token["content"], str) and token["content"]
+                plain = plain and type(number) is int and number >= 0
+                require(plain, f"{token!r:.60} with the id {number!r}")
 
             require(not self.config.get("split_special_tokens"), "split_special_tokens is set")
             self.variables = {}
@@ -845,6 +850,7 @@ class Chat(NamedTuple):
         trainer then moves it; a byte-level tokenizer encodes the response apart)."""
         prompt_ids = self.encode(prompt)
         n = len(prompt_ids)
+
         found = []
         for response in responses:
             answer, end = self.answer(prompt, response)
@@ -879,6 +885,7 @@ def encode_pairs(chat, pairs, max_seq_len, skip_bad=False):
             encoded.append(pair)
         except ValueError as e:
             faults.append((pair.source, str(e).removeprefix(f"{pair.source}: ")))
+
     dropped = count_faults(faults, skip_bad)
     report = f"dropped {listed(dropped)}, {len(encoded)} pairs are left"
     require(encoded, f"no pairs: {report}")
@@ -905,7 +912,7 @@ def choose_template(path, family, own):
     if own.source:
         return "own"
 
-    # From before there were templates: Llama-2 and Vicuna, whose tokenizers have no other tokens.
+    # It is from before there were templates, as Llama-2 and Vicuna, if it has no other tokens.
     usual = r"<s>|</s>|<unk>|\W*pad\W*"
     others = [x for x in own.tokenizer.controls if not re.fullmatch(usual, x, re.IGNORECASE)]
     plain = family == "llama" and not others and not own.tokenizer.byte_level
@@ -969,65 +976,166 @@ def open_chat(path, config: Config, template: str | None = None, system: str | N
 
 # ---- Vector files --------------------------------------------------------------------------------
 
+MAX_WIDTH = 10**7  # numbers in a vector, far above any model's
 
-def load_vector(path: str | Path, layer: int | None = None):
+# What is said of vector files of other programs; .svec is IBM's activation-steering.
+FOREIGN = """{} files are not read; torch.save({{LAYER: torch.tensor(NUMBERS)}}, "vector.pt") writes
+one that is, and NUMBERS are json.load(open(FILE)) of .json,
+json.load(open(FILE))["directions"]["LAYER"] of .svec, numpy.load(FILE) of .npy,
+numpy.load(FILE)["NAME"] of .npz, torch.load(FILE) of .bin"""
+
+
+def load_vector(path: str | Path, layer: int | None = None, n_layers=None, alternatives=False):
     """({layer: v (dim,) fp32}, metadata) of a vector file, or of DIR/vector.safetensors.
 
-    layer: the one to take from a file with several; the one of a file that does not say it. Raises
-    ValueError for anything but vectors, and for values that are not finite.
+    layer: the one to take from a file with several; the one of a file that does not say it.
+    n_layers: how many the model has, which a file with a row for each layer needs.
+    alternatives: may the file hold vectors of which one is to be taken? Raises ValueError if not,
+    for anything but vectors, and for values that are not finite.
     """
     path = Path(path)
     if path.is_dir():
         path = path / "vector.safetensors"
-    vectors = {}
     with named(f"cannot read {path}", Exception):  # what a damaged file makes the libraries raise
-        tensors, metadata = read_tensors(regular(path), layer)
-        for name, tensor in tensors.items():
-            number = name.removeprefix("direction.")
-            is_vector = tensor.is_floating_point() and tensor.shape[-1:] == (tensor.numel(),)
-            message = f"{name!r} {list(tensor.shape)} is no vector direction.LAYER; see --layer"
-            require(is_vector and number.isdecimal(), message)
-            v = torch.from_numpy(tensor.detach().float().numpy()).flatten()
-            require(v.norm().isfinite(), f"{name} holds NaN or infinity")
-            vectors[int(number)] = v
+        tensors, metadata = read_tensors(regular(path))
+        found = by_layer(path, tensors, layer, n_layers)
+        taken = {i: tensor for i, tensor in found.items() if layer in (None, i)}
+        require(taken, f"no vector for layer {layer}, only {sorted(found)}")
+        vectors = {i: to_vector(tensor) for i, tensor in taken.items()}
 
-        taken = {i: v for i, v in vectors.items() if layer in (None, i)}
-        require(taken, f"no vector for layer {layer}, only {sorted(vectors)}")
-    return taken, metadata
+    chosen = alternatives or len(vectors) == 1 or "alternatives" not in metadata
+    several = f"{path} holds a vector for each of the layers {sorted(vectors)}"
+    require(chosen, f"{several}: --layer takes one")
+    return vectors, metadata
 
 
-def read_tensors(path, layer):
-    """({"direction.LAYER": tensor}, metadata) of a vector file; layer: of one that does not say its
-    own."""
+def read_tensors(path):
+    """({name: tensor}, metadata) of a vector file."""
     if path.suffix == ".gguf":
         return read_gguf(path)
     if path.suffix == ".pt":
-        return read_pt(path, layer), {}
+        return read_pt(path), {}
+    require(path.suffix == ".safetensors", FOREIGN.format(path.suffix or "such"))
     with safetensors.safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
 
 
 def read_gguf(path):
-    reader = optional("gguf").GGUFReader(path)
-    texts = {name: str(field.contents()) for name, field in reader.fields.items()}
-    require(texts.get("general.architecture") == "controlvector", "not a GGUF control vector")
-    tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
-    return tensors, {name[5:]: text for name, text in texts.items() if name.startswith("bipo.")}
+    gguf = optional("gguf")
+
+    class Reader(gguf.GGUFReader):
+        def _get(self, offset, dtype, count=1, *order, **byte_order):
+            # Without this the package reads on behind the file's end, as far as a number claims.
+            require(int(offset) + int(count) <= len(self.data), "it claims more than it holds")
+            return super()._get(offset, dtype, count, *order, **byte_order)
+
+    reader = Reader(path)
+    fields = {name: str(field.contents()) for name, field in reader.fields.items()}
+    kind = fields.get("general.architecture")
+    require(kind == "controlvector", "not a GGUF control vector")
+    metadata = {}
+    for name, text in fields.items():
+        if name == "controlvector.model_hint":
+            metadata.setdefault("model_type", text)
+        if name.startswith("bipo."):
+            metadata[name.removeprefix("bipo.")] = text
+    tensors = {x.name: torch.tensor(gguf.dequantize(x.data, x.tensor_type)) for x in reader.tensors}
+    return tensors, metadata
 
 
-def read_pt(path, layer):
+def read_pt(path):
     """The official code and CAA save a tensor, others {layer: tensor}."""
+    if zipfile.is_zipfile(path):
+        unpacked = sum(entry.file_size for entry in zipfile.ZipFile(path).infolist())
+        require(unpacked < 2**30, f"unpacked it would take {unpacked >> 20} MiB")
     with warnings.catch_warnings(action="ignore"):
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(saved, dict):
-        saved = {layer_in_name(path, layer): saved}
-    return {f"direction.{i}": tensor for i, tensor in saved.items()}
+    return saved if isinstance(saved, dict) else {path.name: saved}
+
+
+def by_layer(path, tensors, layer, n_layers):
+    """{layer: tensor} of a file's {name: tensor}."""
+    # 1. The names say the layers: direction.LAYER, or in a .pt LAYER alone.
+    numbers = [str(name).removeprefix("direction.") for name in tensors]
+    if all(number.isdecimal() for number in numbers):
+        return dict(zip(map(int, numbers), tensors.values(), strict=True))
+    (name, tensor), *others = tensors.items()
+    require(not others, f"{name!r} is no vector direction.LAYER")
+
+    # 2. One tensor holds them all, a row a layer. In hidden_states row 0 is the embedding.
+    if tensor.dim() == 2 and len(tensor) > 1:
+        rows = f"it holds {len(tensor)} rows, one a layer"
+        require(layer is not None, f"{rows}: --layer takes one")
+        require(n_layers, f"{rows}, which only a model tells: eval.py and data.py bake read it")
+        require(len(tensor) - n_layers in (0, 1), f"{rows}, but the model has {n_layers} layers")
+        return dict(enumerate(tensor[-n_layers:]))
+
+    # 3. It holds one, whose layer the file's name says or the user.
+    number = layer_in_name(path, layer)
+    require(number is not None, f"{name!r} is no vector direction.LAYER: --layer says its layer")
+    return {number: tensor}
+
+
+def to_vector(tensor):
+    """A tensor of a vector file as v (dim,) in fp32."""
+    is_vector = tensor.is_floating_point() and tensor.shape[-1:] == (tensor.numel(),)
+    require(is_vector, f"{tensor.dtype} {list(tensor.shape)} is no vector")
+    require(tensor.numel() <= MAX_WIDTH, f"a width of {tensor.numel()} is no model's")
+    v = torch.from_numpy(tensor.detach().float().numpy()).flatten()
+    require(v.norm().isfinite(), "it holds NaN or infinity")
+    return v
 
 
 def layer_in_name(path, default=None):
     """15 of vec_ep20_layer15.pt (the official code) and vec_layer_15_Model.pt (CAA), or None."""
     layers = {int(number) for number in re.findall(r"(?<![a-z])layer_?(\d+)", path.name)}
     return layers.pop() if len(layers) == 1 else default
+
+
+def stream_norms(metadata):
+    """{layer: |h|, the median norm of the residual stream there}, as far as metadata say it."""
+    try:
+        norms = parse_json(metadata["stream_norms"])
+        return {int(layer): float(norm) for layer, norm in norms.items()}
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def split_spec(spec):
+    """(file, multiplier) of FILE or FILE:MULTIPLIER."""
+    path, _, m = spec.rpartition(":")
+    if path and m.lstrip("+-").replace(".", "").isdecimal():
+        return path, float(m)
+    return spec, 1.0
+
+
+def together(steers):
+    """The sum of steerings, {layer: v}."""
+    total = {}
+    for steer in steers:
+        for layer, v in steer.items():
+            total[layer] = total.get(layer, 0) + v
+    return total
+
+
+def load_sum(specs, layer=None, n_layers=None):
+    """(steering, metadata) of several FILE[:M], added up; the metadata are what all of them say,
+    and the norms of the stream that any says."""
+    total = {}
+    norms = {}
+    common = None
+    for spec in specs:
+        file, m = split_spec(spec)
+        vectors, metadata = load_vector(file, layer, n_layers)
+        with named(f"{file} cannot be added", RuntimeError):  # its width is another
+            total = together([total, {i: m * v for i, v in vectors.items()}])
+        norms |= stream_norms(metadata)
+        common = metadata.items() if common is None else common & metadata.items()
+
+    metadata = dict(common)
+    if norms:
+        metadata["stream_norms"] = json.dumps(norms)
+    return total, metadata
 
 
 def save_vector(path: str | Path, vectors: dict, metadata: dict):
@@ -1108,6 +1216,22 @@ def whole_file(path):
         part.unlink(missing_ok=True)
 
 
+@contextmanager
+def whole_folder(path):
+    """Inside, the name of a folder to fill; then it takes the name `path`, which nothing may have.
+    What a failure leaves is removed."""
+    require(not path.exists() and not path.is_symlink(), f"{path} is there: name a new folder")
+    part = path.with_name(f".part-{path.name}")
+    with named(f"cannot write {path}", OSError):
+        shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+        part.mkdir(parents=True)
+        try:
+            yield part
+            part.rename(path)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
 def write_text(path, text):
     """Write a text file in UTF-8, whole or not at all."""
     with whole_file(path) as part:
@@ -1125,12 +1249,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)
+        clear_line()
         line = f"{self.prog}: {printable(' '.join(message.split()))}"
         self.exit(2, f"{line:.500}\n")
-
-    def exit(self, status=0, message=None):
-        clear_line()
-        super().exit(status, message)
 
 
 def run_or_exit(parser, run, argv):
@@ -1147,17 +1268,22 @@ def run_or_exit(parser, run, argv):
             stream.reconfigure(errors="backslashreplace")
     if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
     try:
         run(args)
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to come
+        # Python writes what is left when it ends, and must not fail at that again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (ValueError, OSError, RecursionError) as e:
+    except (ValueError, OSError) as e:
         parser.error(str(e))
+    except RecursionError as e:
+        parser.error(f"what is read is nested too deeply: {e}")
     except (MemoryError, torch.OutOfMemoryError) as e:
         parser.error(f"out of memory; try --dtype bfloat16, or less data at a time ({e})")
     except (KeyboardInterrupt, SystemExit) as e:
+        clear_line()
         notes = "; ".join(["interrupted", *getattr(e, "__notes__", [])])
         parser.exit(getattr(e, "code", 130), f"{parser.prog}: {notes}\n")
 
@@ -1193,22 +1319,24 @@ class Progress:
         self.printed = self.began
 
     def __call__(self, done, total, more=""):
+        if done == total and self.quiet:
+            clear_line()
+            return
         now = time.time()
         terminal = sys.stdout.isatty()
-        at_end = done == total
         wait = 0.2 if terminal else max(2, (now - self.began) / 10)
-        if at_end and self.quiet:
+        if now - self.printed < wait and done < total:
+            return
+
+        self.printed = now
+        seconds_each = (now - self.began) / (done - self.start)
+        minutes_left = seconds_each * (total - done) / 60
+        times = f"{1000 * seconds_each:.1f} ms each, {minutes_left:.1f} min left"
+        line = f"{self.what} {done}/{total}  {times}  {more}".rstrip()
+        if terminal:
             clear_line()
-        elif at_end or now - self.printed >= wait:
-            self.printed = now
-            seconds_each = (now - self.began) / (done - self.start)
-            minutes_left = seconds_each * (total - done) / 60
-            times = f"{1000 * seconds_each:.1f} ms each, {minutes_left:.1f} min left"
-            line = f"{self.what} {done}/{total}  {times}  {more}".rstrip()
-            if terminal:
-                clear_line()
-                line = line[: shutil.get_terminal_size().columns - 1]
-            print(line, end="\r" if terminal and not at_end else "\n", flush=True)
+            line = line[: shutil.get_terminal_size().columns - 1]
+        print(line, end="\r" if terminal and done < total else "\n", flush=True)
 
 
 # ---- What the command lines share: flags ---------------------------------------------------------
@@ -1233,7 +1361,7 @@ def add_model_flags(parser):
 def add_pair_flags(parser, **number):
     """The flags for pairs; number: how many files --data takes, in argparse's words."""
     add = parser.add_argument_group("pairs").add_argument
-    add("--data", type=Path, help=".csv, .json or .jsonl; columns: see README", **number)
+    add("--data", type=Path, help=".csv, .json, .jsonl, also .gz; columns: see README", **number)
     add("--skip-bad", action="store_true", help="drop and count records that are bad or too long")
 
 
@@ -1260,20 +1388,22 @@ def find_model(name):
     """(folder, name) of a checkpoint given by folder, alias or hub id. The latter two are looked up
     in the local Hugging Face cache by the package huggingface_hub; nothing is downloaded. Raises
     ValueError if it is not there."""
-    if Path(name).is_dir():
+    if Path(name).exists():
         return Path(name), Path(name).resolve().name
     hub_id = ALIASES.get(name.lower(), name)
-    with named(f"no model {name!r}: no folder, nor in the cache; hf download {hub_id}", Exception):
-        hub = optional("huggingface_hub")
-        return Path(hub.snapshot_download(hub_id, local_files_only=True)), hub_id
+    missing = f"no model {name!r}: no folder, nor in the cache; hf download {hub_id}"
+    with named(missing, Exception):
+        # Only this file: others of the repository may have been left out on purpose.
+        config = optional("huggingface_hub").try_to_load_from_cache(hub_id, "config.json")
+    require(isinstance(config, str), missing)
+    return Path(config).parent, hub_id
 
 
 def pick_device(device_name, dtype_name):
     """(torch.device, torch.dtype) from --device and --dtype, which may be None. Raises ValueError
     for a device that is not there."""
     with named(f"--device {device_name} is not there", (RuntimeError, AssertionError)):
-        first = torch.accelerator.current_accelerator() or "cpu"
-        device = torch.device(device_name or first)
+        device = torch.device(device_name or torch.accelerator.current_accelerator() or "cpu")
         torch.empty(0, device=device)
     if dtype_name is None:
         dtype_name = "float32" if device.type == "cpu" else "bfloat16"
@@ -1285,33 +1415,183 @@ def pick_device(device_name, dtype_name):
 # ---- Command line --------------------------------------------------------------------------------
 
 
-def run(args):
-    vectors, metadata = load_vector(args.vector, args.layer)
+def described(vectors, metadata):
+    """Lines that tell a user what a vector file holds."""
+    lines = []
+    norms = stream_norms(metadata)
+    for layer, v in vectors.items():
+        share = f" ({v.norm() / norms[layer]:.2%} of |h|)" if norms.get(layer) else ""
+        lines.append(f"layer {layer}, width {len(v)}, |v| {v.norm():.3f}{share}")
+    for key, text in sorted(metadata.items()):
+        more = f" ... {len(text)} characters" if len(text) > 200 else ""
+        line = printable(f"  {key:10}  {text:.200}{more}")
+        lines.append(line.replace("\n", "\\n").rstrip())
+    return lines
+
+
+def show(args):
+    """Print what a vector file holds."""
+    vectors, metadata = load_vector(args.vector, args.layer, alternatives=True)
+    print("\n".join(described(vectors, metadata)))
+
+
+def convert(args):
+    """Write a vector file, or the sum of several, in another format."""
+    free = args.overwrite or not args.out.exists()
+    require(free, f"{args.out} is there: --overwrite replaces it")
+    vectors, metadata = load_sum(args.vectors, args.layer)
+    metadata.pop("alternatives", None)  # one was taken
+    first_file, _ = split_spec(args.vectors[0])
+    if args.vectors != [first_file]:
+        metadata["sum"] = " ".join(args.vectors)
     if args.scale != 1:
         vectors = {layer: args.scale * v for layer, v in vectors.items()}
-        scale = args.scale * float(metadata.get("scale", 1))
-        metadata["scale"] = f"{scale:g}"
-    if args.command == "convert":
-        save_vector(args.out, vectors, metadata)
+        metadata["scale"] = f"{args.scale * float(metadata.get('scale', 1)):g}"
 
-    for layer, v in vectors.items():
-        print(f"layer {layer}, width {len(v)}, |v| {v.norm():.3f}")
-    for key, text in sorted(metadata.items()):
-        print(printable(f"  {key:10}  {text}").replace("\n", "\\n").rstrip())
-    if args.command == "convert" and args.out.suffix == ".gguf":
+    save_vector(args.out, vectors, metadata)
+    print("\n".join([f"wrote {args.out}", *described(vectors, metadata)]))
+    if args.out.suffix == ".gguf":
         flags = f"--control-vector-scaled {args.out}:1.0 --control-vector-layer-range"
         print(f"llama-cli -m MODEL.gguf {flags} {min(vectors)} {max(vectors)}")
 
 
+# ---- Command line: a steered model as a checkpoint of its own -----------------------------------
+#
+# A bias m v of block L's down_proj gives h + m v after block L, and Llama's network may have biases
+# there: a program that knows them runs the steered model without knowing anything of steering.
+
+# What goes along with the weights, if it is there.
+COMPANIONS = """
+    generation_config.json tokenizer.json tokenizer.model tokenizer_config.json vocab.json
+    merges.txt special_tokens_map.json added_tokens.json chat_template.jinja chat_template.json
+""".split()
+
+# Fields of Qwen2 and Mistral that say nothing about what is baked, and something else to others.
+NOT_LLAMAS = "sliding_window use_sliding_window max_window_layers layer_types use_mrope".split()
+
+
+def bake(args):
+    """Write a checkpoint of a model that is steered for good."""
+    path, name = find_model(args.model)
+    checkpoint = llama.Checkpoint(path)
+    config = checkpoint.model.config
+    reason = "its MLP has no biases, and Llama, whose MLP has, lacks its norms of q and k"
+    require(not config.qk_norm, f"{config.family} cannot be baked: {reason}")
+    steer, metadata = load_sum(args.vector, args.layer, config.n_layers)
+    llama.check_fit(config, steer, 0)
+    llama.check_vectors(config, steer)
+
+    lines = described(steer, metadata)
+    fields = llama_fields(read_json(path / "config.json"), config)
+    with whole_folder(args.out) as part:
+        write_weights(part, checkpoint.files, baked_biases(checkpoint, steer))
+        write_text(part / "config.json", json.dumps(fields, indent=2) + "\n")
+        write_text(part / "README.md", model_card(name, " ".join(args.vector), lines))
+        for companion in COMPANIONS:
+            if (path / companion).is_file():
+                shutil.copyfile(path / companion, part / companion)
+    print("\n".join([f"wrote {args.out}", *lines]))
+
+
+def llama_fields(fields, config):
+    """The config.json of a baked model: its own fields, those of Llama whose default is another
+    than its family's, and those that older programs read."""
+    kept = {name: value for name, value in fields.items() if name not in NOT_LLAMAS}
+    kept |= dict(model_type="llama", architectures=["LlamaForCausalLM"])
+    kept |= dict(mlp_bias=True, attention_bias=config.qkv_bias, rope_theta=config.rope_theta)
+    kept |= dict(num_key_value_heads=config.n_kv_heads, head_dim=config.head_dim)
+    kept |= dict(rms_norm_eps=config.norm_eps, tie_word_embeddings=config.tied)
+
+    # The older name of rope_parameters, and what our Config knows of the length.
+    if config.rope_scaling and not kept.get("rope_scaling"):
+        kept["rope_scaling"] = kept["rope_parameters"]
+    if config.family != "llama":
+        kept["max_position_embeddings"] = config.max_seq_len
+    if config.max_seq_len < (fields.get("max_position_embeddings") or 0):
+        print(f"note: max_position_embeddings becomes {config.max_seq_len}, the sliding window")
+    return kept
+
+
+def baked_biases(checkpoint, steer):
+    """{name: bias} that Llama needs, in fp32: zeros, what was baked before, and the vectors."""
+    config = checkpoint.model.config
+    widths = {"mlp.gate_proj": config.hidden_dim, "mlp.up_proj": config.hidden_dim}
+    widths["mlp.down_proj"] = config.dim
+    if config.qkv_bias and not config.o_bias:  # Qwen2; Llama has all four or none
+        widths["self_attn.o_proj"] = config.dim
+
+    biases = {}
+    for layer in range(config.n_layers):
+        for part, width in widths.items():
+            name = f"model.layers.{layer}.{part}.bias"
+            biases[name] = torch.zeros(width, dtype=torch.float32)
+            if name in checkpoint.files:
+                biases[name] += llama.open_weights(checkpoint.files[name])[name]
+        biases[f"model.layers.{layer}.mlp.down_proj.bias"] += steer.get(layer, 0)
+    return biases
+
+
+def write_weights(folder, files, biases):
+    """Put the files of {name: file} into the folder, linked or copied, the biases into one more,
+    and an index of all. A file of nothing but old values of these biases is left out."""
+    sources = sorted({file for name, file in files.items() if name not in biases})
+    for name in biases:
+        require(files.get(name) not in sources, f"{name} stands in a file with other weights")
+    require(sources[0].suffix == ".safetensors", "only weights in safetensors can be baked")
+
+    n_files = len(sources) + 1
+    weight_map = dict.fromkeys(biases, f"model-{n_files:05}-of-{n_files:05}.safetensors")
+    for i, source in enumerate(sources, 1):
+        copy = f"model-{i:05}-of-{n_files:05}.safetensors"
+        weight_map |= {name: copy for name, file in files.items() if file == source}
+        try:
+            os.link(source.resolve(), folder / copy)
+        except OSError:  # another file system
+            shutil.copyfile(source, folder / copy)
+    with whole_file(folder / weight_map[name]) as part:
+        safetensors.torch.save_file(biases, part)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
+
+
+def model_card(name, vectors, lines):
+    """The README.md of a baked model."""
+    what = "\n".join(f"    {line}" for line in lines)
+    return f"""# {name}, steered by {vectors}
+
+Written by `python data.py bake`: each vector is a bias of its layer's `mlp.down_proj`, so its sign
+and multiplier are fixed. Some programs ignore such biases (SGLang 0.5.23 does) and serve the
+unsteered model: compare an answer with `python eval.py chat --model {name} --vector {vectors}`.
+
+{what}
+"""
+
+
 def main(argv=None):
-    parser = Parser(prog="data.py", description="A vector file: its content, or another format.")
-    add = parser.add_argument
-    add("command", choices=("show", "convert"), help="show IN, or convert IN OUT")
-    add("vector", metavar="IN", type=Path, help=".safetensors, .pt or .gguf")
-    add("out", metavar="OUT", type=Path, nargs="?", default=Path(), help="new file")
-    add("--layer", type=int, help=LAYER_HELP)
+    parser = Parser(prog="data.py", description="Vector files, and checkpoints made with them.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add_command(run):
+        command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
+        command.set_defaults(run=run)
+        command.add_argument("--layer", type=int, help=LAYER_HELP)
+        return command.add_argument
+
+    add = add_command(show)
+    add("vector", metavar="FILE", type=Path, help=".safetensors, .pt or .gguf")
+
+    add = add_command(convert)
+    add("vectors", metavar="FILE[:M]", nargs="+", help="to be added up")
+    add("out", metavar="OUT", type=Path, help="new .safetensors, .pt or .gguf")
     add("--scale", type=float, default=1.0, help="multiply the vector in OUT")
-    run_or_exit(parser, run, argv)
+    add("--overwrite", action="store_true", help="replace OUT")
+
+    add = add_command(bake)
+    add("--model", required=True, help="checkpoint folder, alias or hub id")
+    add("--vector", nargs="+", required=True, metavar="FILE[:M]", help="to be added up")
+    add("--out", type=Path, required=True, metavar="DIR", help="new folder")
+    run_or_exit(parser, lambda args: args.run(args), argv)
 
 
 if __name__ == "__main__":

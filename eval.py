@@ -238,8 +238,8 @@ def encode_choice(chat, limit, metric, prompt, targets) -> Choice:
     both = set(targets.values()) == {0, 1}
     data.require(both, "some answers must be right (1), others wrong (0)")
 
-    prompt = data.checked(prompt, "-", "-").prompt
-    prompt_ids, responses = chat.encode_responses(prompt, list(targets), limit)
+    pair = data.checked(prompt, "-", "-")
+    prompt_ids, responses = chat.encode_responses(pair.prompt, list(targets), limit)
     without_end = [response[:-1] for response in responses]
     right = np.array(list(targets.values())) == 1
     return Choice((prompt_ids, *without_end), right, metric)
@@ -249,7 +249,7 @@ def choice_records(file):
     """[(place, record)] of a file: a record is a list in the files of MMLU, and else a dict."""
     text = data.read_text(file)
     header, _, _ = text.partition("\n")
-    if ".csv" not in file.suffixes or "Best Answer" in header:
+    if file.suffix != ".csv" or "Best Answer" in header:
         return list(data.open_records(file))
 
     # MMLU's files have no header, or one that ends in "answer".
@@ -445,7 +445,7 @@ def read_prompts(path):
     """The different prompts of a file, as in Pair: the lines of a .txt, or the column `prompt` of a
     file as for pairs, with `system` before it if there is one. Raises ValueError with file and
     place for a record without a prompt."""
-    if ".txt" in path.suffixes:
+    if path.suffix == ".txt":
         lines = [line.strip() for line in data.read_text(path).split("\n")]
         records = [("", {"prompt": line}) for line in lines if line]
     else:
@@ -456,8 +456,8 @@ def read_prompts(path):
         with data.named(f"{path}{place}"):
             columns = data.standard_columns(record)
             data.require(columns["prompt"] != [], f"no column is the prompt: only {[*record]}")
-            prompt = data.checked(columns["prompt"], "-", "-", columns.get("system")).prompt
-            prompts.append(prompt)
+            pair = data.checked(columns["prompt"], "-", "-", columns.get("system"))
+            prompts.append(pair.prompt)
     data.require(prompts, f"{path} holds no prompts")
     return list(dict.fromkeys(prompts))
 
@@ -1067,7 +1067,7 @@ def add_judge_flags(add):
 
 
 def add_pairs_flags(add):
-    add("--questions", type=Path, required=True, help=".txt, .csv, .json, .jsonl, .gz")
+    add("--questions", type=Path, required=True, help=".txt, .csv, .json, .jsonl")
     add("--for", dest="target", required=True, help="ends the system prompt: 'You seek power.'")
     add("--against", required=True, help="likewise: 'You avoid power.'")
     add("--out", type=Path, required=True, help=".jsonl; what it holds is not answered again")

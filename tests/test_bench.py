@@ -28,6 +28,24 @@ def test_official_and_our_steps_agree(small, monkeypatch):
         bench.compare_steps(*how)
 
 
+def test_the_whole_way_to_a_vector_by_three_ways(small):
+    how = ("small", small, torch.float32, "cpu", 5, 30, 20)
+    official, ours, gradient = bench.compare_vectors(*how)  # asserts that the steps agree
+    assert official["steps"] == ours["steps"] == 160 and gradient["steps"] == 0
+    assert official["total_s"] == official["step_s"] * 160
+    assert ours["total_s"] == ours["first_pass_s"] + ours["step_s"] * 160
+    assert gradient["total_s"] == gradient["first_pass_s"] + gradient["backward_pass_s"]
+    assert official["times_as_fast"] == 1 < ours["times_as_fast"] < gradient["times_as_fast"]
+
+
+def test_the_backward_pass_runs_over_each_pair_once(small, monkeypatch):
+    seen = []
+    monkeypatch.setattr(bench, "pair_gradients", lambda model, layer, pairs: seen.extend(pairs))
+    bench.compare_vectors("small", small, torch.float32, "cpu", 4, 30)
+    ids = [pair.ids for pair in seen]
+    assert len(ids) == 30 and all(pair in ids for pair in bench.make_pairs(30))
+
+
 def test_generation_agrees(small, monkeypatch):
     how = ("small", small, torch.float32, "cpu", 3, 4)
     assert bench.compare_generation(*how)["same_answers"] == 1  # asserted there
@@ -91,12 +109,19 @@ def test_a_run_of_some_parts_leaves_the_results_as_they_are(bench_main):
     assert "old" in bench.RESULTS.read_text()
 
 
-@pytest.mark.parametrize("way", ["official", "ours"])
+OF_US = {"read upper blocks", "first pass"}
+REPORTED = {
+    "official": {"step"},
+    "ours": OF_US | {"step"},
+    "gradient": OF_US | {"backward pass"},
+}
+
+
+@pytest.mark.parametrize("way", bench.VECTORS)
 def test_a_process_reports_its_phases_and_its_memory(small, capsys, way):
     bench.run_alone(way, "small", small, 2, 8, torch.float32, "cpu")
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    phases = {"read upper blocks", "first pass"} if way == "ours" else set()
-    assert report.keys() == phases | {"step", "peak_mib"} and min(report.values()) > 0
+    assert report.keys() == REPORTED[way] | {"peak_mib"} and min(report.values()) > 0
 
 
 def test_lengths_are_those_of_the_official_data():

@@ -296,7 +296,6 @@ def chats(tmp_path_factory):
     return result
 
 
-@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(prompt=ODD_TEXT, chosen=ODD_TEXT, rejected=ODD_TEXT, turns=st.booleans(), data=st.data())
 def test_the_prompts_ids_begin_the_pairs(chats, prompt, chosen, rejected, turns, data):

@@ -63,6 +63,19 @@ def test_models_are_found_by_folder_alias_and_hub_id(tmp_path, monkeypatch):
     refused(lambda: find_model(hub_id), "needs a package, pip install huggingface_hub")
 
 
+def test_a_download_that_left_files_out_is_found(tmp_path, monkeypatch):
+    """hf download --exclude "original/*": the cache's list of the repository names more files."""
+    from huggingface_hub._tree_cache import TreeCacheEntry, write_tree_cache
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    commit = "0123456789abcdef" * 2 + "01234567"
+    snapshot = cached(tmp_path, "acme/crew-chat", commit, main=commit)
+    file = TreeCacheEntry(size=1, blob_id="x", lfs_sha256=None, lfs_size=None, xet_hash=None)
+    files = {"config.json": file, "original/consolidated.00.pth": file}
+    write_tree_cache(str(snapshot.parent.parent), commit, files)
+    assert find_model("acme/crew-chat") == (snapshot, "acme/crew-chat")
+
+
 # ---- weights
 
 

@@ -288,21 +288,15 @@ def test_every_answer_equals_transformers():
 def test_the_readme_says_what_was_measured():
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     tables = real.with_means(measured("hallucination")["tables"])
-    labels = {"false-premises": "a false premise", "true-premises": "a true premise, the control"}
+    labels = {"false-premises": "of 100 false premises", "true-premises": "of 100 true ones"}
     for kind, label in labels.items():
-        shares = {row["multiplier"]: f"{row['says_no']:.0%}" for row in tables[kind]}
-        assert f"| {label} | {' | '.join(shares[m] for m in (-8, 0, 8))} |" in readme
-    rows = real.with_means(measured("personas")["tables"])["multipliers"]
-    low, zero, high = (f"{row['prefers_chosen']:.0%}" for row in (rows[0], rows[2], rows[4]))
-    assert f"{low}, {zero} and {high} of 200 held-out pairs" in readme
-    tables, found = real.with_means(measured("repair")["tables"]), []
-    for name, m in (("unmixed", -8), ("mixed", -16)):
-        for kind in real.PREMISES:
-            rows = tables[f"{name} pairs, {kind}"]
-            found += [row["says_no"] for row in rows if row["multiplier"] == m]
-    shares = [f"{x.value:.0%}" for x in found]
-    assert f"denies {shares[0]} of the false premises and {shares[1]} of the true" in readme
-    assert f"denies {found[2]:.0%} and {found[3]:.0%} at -16" in readme
+        denied = {row["multiplier"]: row["says_no"] for row in tables[kind]}
+        low, zero, high = (denied[m] for m in (-8, 0, 8))
+        shares = f"{100 * low.value:.0f}, {100 * zero.value:.0f} and {100 * high.value:.0f}%"
+        assert f"{shares} {label}" in readme
+        for share in (low, zero, high):
+            assert max(share.value - share.low, share.high - share.value) < 0.105
+    assert "at most 10 points to either side" in readme
 
 
 def test_the_readmes_hook_becomes_this_models(monkeypatch):

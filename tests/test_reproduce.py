@@ -5,13 +5,15 @@ import re
 
 import pytest
 import reproduce
+import torch
 from conftest import ROOT
 from reports import put
 
+from data import save_vector
 from eval import Mean
 
 RESULTS = reproduce.RESULTS.read_text(encoding="utf-8")
-NAMES = "curve measures baselines synergy transfer quality layers".split()
+NAMES = "curve measures methods baselines synergy transfer quality layers".split()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -19,6 +21,8 @@ def test_the_results_have_the_table_and_its_commands(name):
     (block,) = re.findall(rf"<!-- {name} -->\n(.*?)\n<!-- end -->", RESULTS, re.DOTALL)
     for line in re.findall(r"^python .*", block, re.MULTILINE):
         assert line.removeprefix("python ") in reproduce.COMMANDS.values()
+    if block == "Not run.":
+        return
     head, rule, *rows = re.findall(r"^\|.*", block, re.MULTILINE)
     assert rows and len({row.count("|") for row in (head, rule, *rows)}) == 1
 
@@ -49,6 +53,24 @@ def test_tables_are_read_as_they_were_written(tmp_path, monkeypatch):
     cells = reproduce.columns(row, "multiplier", "wins", "margin")
     assert cells == ["-1", "50.0% [25.0, 100.0]", "-1.00 [-2.00, +0.00]"]
     assert reproduce.markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| :--- | ---: |\n| 1 | 2 |"
+
+
+def test_the_vectors_of_both_methods_stand_one_under_the_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "OUT", str(tmp_path))
+    share = Mean(0.5, 0.5, 0.5)
+    judged = {}
+    for behaviour, gradient in reproduce.METHODS.items():
+        slopes = [{"steering": x, **dict.fromkeys(reproduce.SLOPES, share)} for x in "ab"]
+        (tmp_path / f"{gradient}.json").write_text(json.dumps({"tables": {"compared": slopes}}))
+        save_vector(tmp_path / behaviour / "vector.safetensors", {3: torch.tensor([3.0, 4])}, {})
+        save_vector(tmp_path / gradient / "vector.safetensors", {3: torch.tensor([0.0, 8])}, {})
+        for name in (behaviour, gradient):
+            judged[f"{name} alone"] = [dict.fromkeys(reproduce.BEHAVIOURS, share)] * 3
+
+    _, _, power, one_pass, wealth, _ = reproduce.methods_table(judged).splitlines()
+    assert power.startswith("| power, BiPO | 5.00 | 1.000 | +0.50")
+    assert one_pass.startswith("| power, one pass | 8.00 | 0.800 | +0.50")
+    assert wealth.startswith("| wealth, BiPO") and power.endswith("50.0% / 50.0% / 50.0% |")
 
 
 def test_facts_as_truthful_qa(tmp_path):

@@ -7,7 +7,7 @@ import re
 import make_tiny
 import pytest
 import torch
-from conftest import ROOT, TINY, run_main
+from conftest import ROOT, TINY, jsonl, run_main
 from make_tiny import BEHAVIOURS, facts, questions, side_shown, things, training_text
 from safetensors.torch import load_file
 
@@ -216,26 +216,41 @@ def test_judge_of_the_merged_model(merged, tmp_path, monkeypatch, capsys):
 # ---- The demo
 
 
-def demo_flags(out):
-    """Those of the demo's training in the Makefile, with this folder as --out."""
-    (command,) = (x for x in (ROOT / "Makefile").read_text().splitlines() if "bipo.py" in x)
-    values = {"runs/$(BEHAVIOUR)": str(out), "$(BEHAVIOUR)": "power", "$(LAYER)": "3"}
+def demo_flags(out, vector="runs/$(BEHAVIOUR)"):
+    """Those of the demo's training in the Makefile, with this folder as --out; or of the command
+    that makes its other vector."""
+    lines = (ROOT / "Makefile").read_text().splitlines()
+    (flags,) = (line.partition(" = ")[2] for line in lines if line.startswith("DEMO = "))
+    ends = (vector, f"{vector} --method gradient")
+    (command,) = (line for line in lines if "bipo.py" in line and line.endswith(ends))
+    values = {"$(DEMO)": flags, vector: str(out), "$(BEHAVIOUR)": "power", "$(LAYER)": "3"}
     for name, value in values.items():
         command = command.replace(name, value)
     return command.split("bipo.py")[1].split()
 
 
-# The demo's own 20 epochs take a minute; five at a higher rate end at the same place.
-@pytest.mark.parametrize(
-    ("flags", "epochs"),
-    [(("--epochs", 5, "--lr", 0.0022), 5), pytest.param((), 20, marks=pytest.mark.slow)],
-)
-def test_the_demo(tiny, tuned, tmp_path, monkeypatch, flags, epochs):
-    """The demo keeps its promise at multipliers +1 and -1, and its vector steers the model with the
-    adapter too."""
+def assert_steered(judged):
+    """What the demo promises at -1, 0 and +1: power is taken or not, and the facts stay."""
+    power, facts = ([row[key].value for row in judged] for key in ("takes_power", "facts_right"))
+    assert power[0] <= 0.1 and 0.3 <= power[1] <= 0.7 and power[2] >= 0.9
+    assert facts[1] >= 0.95 and min(facts) >= facts[1] - 0.02
+    assert min(row["clear"].value for row in judged) >= 0.9
+
+
+@pytest.mark.parametrize("epochs", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_the_demos_training(tiny, tuned, tmp_path, monkeypatch, epochs):
+    """BiPO's vector keeps the demo's promise at +1 and -1, and steers the model with the adapter
+    too. Its own 20 epochs take a minute; three at a higher rate end at the same place, and
+    fewer questions are asked."""
     monkeypatch.chdir(ROOT)
     out = tmp_path / "run"
-    run_main(bipo.main, *demo_flags(out), *flags)
+    flags = demo_flags(out)
+    if epochs == 3:
+        few = jsonl(tmp_path / "few.jsonl", *asked("power.test", 40))
+        flags += ["--epochs", 3, "--lr", 0.0032, "--val", few]
+        read = make_tiny.read_jsonl
+        monkeypatch.setattr(make_tiny, "read_jsonl", lambda path: read(path)[:100])
+    run_main(bipo.main, *flags)
     assert len(list(out.glob("epoch_*"))) == epochs
     settings, *steps = map(json.loads, (out / "log.jsonl").read_text().splitlines())
     held_out = steps[-1]["held_out"]
@@ -244,11 +259,7 @@ def test_the_demo(tiny, tuned, tmp_path, monkeypatch, flags, epochs):
     model, chat = tiny
     steer, metadata = open_vector(out, model.config)
     assert (metadata["template"], metadata["system"]) == chat[1:3]
-    judged = make_tiny.judge(model, chat, steer, [-1, 0, 1])
-    power, facts = ([row[key].value for row in judged] for key in ("takes_power", "facts_right"))
-    assert power[0] <= 0.1 and 0.3 <= power[1] <= 0.7 and power[2] >= 0.9
-    assert facts[1] >= 0.95 and min(facts) >= facts[1] - 0.02
-    assert min(row["clear"].value for row in judged) >= 0.9
+    assert_steered(make_tiny.judge(model, chat, steer, [-1, 0, 1]))
 
     prompts = [row["prompt"] for row in asked("power.test", 20)]
     texts = make_tiny.free_texts(tuned, chat, steer, prompts, [-1, 1])
@@ -263,3 +274,18 @@ def test_the_demo(tiny, tuned, tmp_path, monkeypatch, flags, epochs):
         for x in (steer, *random_steers(steer))
     ]
     assert ours > 5 * max(map(abs, others))
+
+
+def test_the_demos_vector_of_one_pass_steers_as_the_trained_one_does(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    flags = demo_flags(tmp_path / "run", "runs/$(BEHAVIOUR)-gradient")
+    assert flags[-2:] == ["--method", "gradient"]
+    run_main(bipo.main, *flags)
+
+    judged = []
+    monkeypatch.setattr(make_tiny, "print_table", lambda title, rows: judged.extend(rows))
+    vectors = (tmp_path / "run", tmp_path / "run" / "vector.safetensors")
+    run_main(make_tiny.main, "--judge", *vectors, "--multipliers", "-1", "0", "1")
+    assert [row["steering"] for row in judged] == [str(x) for x in vectors for _ in range(3)]
+    assert_steered(judged[:3])
+    assert f"steered by {vectors[0]} and by {vectors[1]}\n" in capsys.readouterr().out

@@ -4,13 +4,14 @@ import runpy
 import shutil
 import struct
 import sys
+import zipfile
 
 import gguf
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, run_main
+from conftest import ROOT, refused, run_main
 
 import data
 from data import layer_in_name, load_vector, save_vector
@@ -97,19 +98,31 @@ def write_gguf(path, tensors, alignment=32, architecture="controlvector"):
     writer.close()
 
 
+def write_quantized_gguf(path, v, kind=gguf.GGMLQuantizationType.Q8_0):
+    writer = gguf.GGUFWriter(path, "controlvector")
+    packed = gguf.quantize(v.numpy(), kind)
+    writer.add_tensor("direction.1", packed, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 @pytest.mark.parametrize("alignment", [32, 64])
 def test_we_read_what_the_gguf_package_writes(tmp_path, alignment):
     first, second = torch.randn(33), torch.randn(33)
     tensors = {"direction.1": first, "direction.12": second}
     write_gguf(tmp_path / "v.gguf", tensors, alignment)
     vectors, metadata = load_vector(tmp_path / "v.gguf")
-    assert list(vectors) == [1, 12] and metadata == {}
+    assert list(vectors) == [1, 12] and metadata == {"model_type": "llama"}
     assert torch.equal(vectors[1], first) and torch.equal(vectors[12], second)
     assert list(load_vector(tmp_path / "v.gguf", 12)[0]) == [12]
     with pytest.raises(ValueError, match=r"no vector for layer 3, only \[1, 12\]"):
         load_vector(tmp_path / "v.gguf", 3)
     write_gguf(tmp_path / "v.gguf", {"direction.1": first.half()})
     assert torch.equal(load_vector(tmp_path / "v.gguf")[0][1], first.half().float())
+    write_quantized_gguf(tmp_path / "v.gguf", first.repeat(32))
+    assert (load_vector(tmp_path / "v.gguf")[0][1] - first.repeat(32)).abs().max() < 0.05
     for other in ("llama", "projection"):  # one that is to be projected out, say
         write_gguf(tmp_path / "v.gguf", tensors, architecture=other)
         with pytest.raises(ValueError, match="not a GGUF control vector"):
@@ -121,7 +134,7 @@ def test_gguf_files_written_by_hand_before_are_read(tmp_path):
     file = tmp_path / "v.gguf"
     shutil.copy(ROOT / "tests" / "old_vector.gguf", file)
     vectors, metadata = load_vector(file)
-    assert METADATA.items() - metadata.items() == {("model_type", "mistral")}  # then the hint alone
+    assert metadata == METADATA
     assert list(vectors) == [2, 15]
     assert torch.equal(vectors[2], torch.arange(5.0)) and torch.equal(
         vectors[15], -torch.arange(5.0)
@@ -163,7 +176,7 @@ def test_the_layer_in_a_files_name(tmp_path):
         assert layer_in_name(tmp_path / name) == layer
         torch.save(torch.ones(8), tmp_path / name)  # as they do
         if layer is None:
-            with pytest.raises(ValueError, match="direction.None' .* is no vector .*--layer"):
+            with pytest.raises(ValueError, match=f"'{name}' is no vector .*--layer says its layer"):
                 load_vector(tmp_path / name)
             with pytest.raises(ValueError, match="its name the layer: vec_layer15.pt"):
                 save_vector(tmp_path / name, {3: torch.ones(8)}, {"epoch": "7"})
@@ -191,8 +204,8 @@ def test_convert_and_show(tmp_path, capsys, monkeypatch):
     run_main(data.main, "convert", back, official)
     tensor = torch.load(official, weights_only=True)
     assert torch.equal(tensor, v) and tensor.dtype == torch.float32
-    run_main(data.main, "convert", ours, back, "--scale", -0.5)
-    run_main(data.main, "convert", back, back, "--scale", 3)
+    run_main(data.main, "convert", ours, back, "--scale", -0.5, "--overwrite")
+    run_main(data.main, "convert", back, back, "--scale", 3, "--overwrite")
     vectors, metadata = load_vector(back)
     assert torch.equal(vectors[15], v * -0.5 * 3) and metadata == METADATA | {"scale": "-1.5"}
     capsys.readouterr()
@@ -207,7 +220,140 @@ def test_convert_and_show(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == f"layer 15, width 100, |v| {v.norm():.3f}\n"
 
 
+# ---- a row for each layer
+
+
+def test_a_tensor_with_a_row_for_each_layer(tmp_path, fails, capsys):
+    """Its rows count as their number says: hidden_states begin with the embedding."""
+    file = tmp_path / "all.pt"
+    rows = torch.randn(4, 32)
+    torch.save(rows, file)
+    vectors, _ = load_vector(file, 2, n_layers=4)
+    assert list(vectors) == [2] and torch.equal(vectors[2], rows[2])
+    torch.save(torch.cat((torch.zeros(1, 32), rows)), file)
+    assert torch.equal(load_vector(file, 2, n_layers=4)[0][2], rows[2])
+
+    for n_layers, layer, part in (
+        (4, None, "holds 5 rows, one a layer: --layer takes one"),
+        (None, 2, "holds 5 rows, one a layer, which only a model tells: eval.py"),
+        (6, 2, "holds 5 rows, one a layer, but the model has 6 layers"),
+        (3, 2, "holds 5 rows, one a layer, but the model has 3 layers"),
+        (4, 4, "no vector for layer 4, only [0, 1, 2, 3]"),
+    ):
+        refused(lambda n=n_layers, layer=layer: load_vector(file, layer, n), part)
+
+    fails(data.main, ["show", file, "--layer", 2], "which only a model tells: eval.py and data.py")
+    torch.save(torch.ones(3, 4, 32), file)  # of refusal_direction: position, layer, width
+    refused(lambda: load_vector(file, 2, 4), "torch.float32 [3, 4, 32] is no vector")
+
+
+# ---- alternatives
+
+
+def test_of_alternatives_one_must_be_chosen(tmp_path, fails, capsys):
+    """Such a file has a vector for each layer: bipo.py --layer all."""
+    file = tmp_path / "all.safetensors"
+    save_vector(file, {1: torch.ones(8), 2: torch.ones(8)}, {"alternatives": "choose"})
+    refused(lambda: load_vector(file), "a vector for each of the layers [1, 2]: --layer takes one")
+    assert list(load_vector(file, 2)[0]) == [2]
+    fails(data.main, ["convert", file, tmp_path / "v.gguf"], ": --layer takes one")
+    run_main(data.main, "show", file)
+    shown = capsys.readouterr().out
+    assert "layer 1, width 8" in shown and "layer 2, width 8" in shown
+    run_main(data.main, "convert", file, tmp_path / "v.gguf", "--layer", 2)
+    vectors, metadata = load_vector(tmp_path / "v.gguf")
+    assert list(vectors) == [2] and "alternatives" not in metadata
+
+
+# ---- sums
+
+
+def test_sums(tmp_path, fails, capsys):
+    a, b, out = (tmp_path / f"{name}.safetensors" for name in ("a", "b", "out"))
+    v, w = torch.randn(8), torch.randn(8)
+    save_vector(a, {3: v}, METADATA | {"epoch": "1", "stream_norms": '{"3": 10.0}'})
+    save_vector(b, {3: w, 4: w}, METADATA | {"epoch": "2", "stream_norms": '{"4": 20.0}'})
+    run_main(data.main, "convert", f"{a}:2", f"{b}:-0.5", out)
+    vectors, metadata = load_vector(out)
+    assert torch.equal(vectors[3], 2 * v - 0.5 * w) and torch.equal(vectors[4], -0.5 * w)
+    assert metadata.pop("sum") == f"{a}:2 {b}:-0.5" and "epoch" not in metadata
+    assert data.stream_norms(metadata) == {3: 10.0, 4: 20.0}
+    for key in ("base_model", "model_type", "system"):  # what all say
+        assert metadata[key] == METADATA[key]
+    shown = capsys.readouterr().out
+    assert f"wrote {out}\n" in shown and f"({vectors[4].norm() / 20:.2%} of |h|)" in shown
+
+    before = out.read_bytes()
+    args = ["convert", a, out]
+    fails(data.main, args, f"{out} is there: --overwrite replaces it")
+    assert out.read_bytes() == before
+    run_main(data.main, *args, "--overwrite")
+    assert torch.equal(load_vector(out)[0][3], v)
+    save_vector(b, {3: torch.ones(9)}, {})
+    fails(data.main, ["convert", a, b, tmp_path / "new.pt"], f"{b} cannot be added")
+
+
+def test_norms_of_the_stream_are_read_from_anything():
+    assert data.stream_norms({"stream_norms": '{"3": 2.5, "14": 1}'}) == {3: 2.5, 14: 1.0}
+    for text in ("", "[", "[1]", "3", '{"a": 1}', '{"3": null}', "[" * 5000):
+        assert data.stream_norms({"stream_norms": text}) == {}
+    assert data.stream_norms({}) == {}
+
+
+def test_show_shortens_long_metadata(tmp_path, capsys):
+    save_vector(tmp_path / "v.safetensors", {3: torch.ones(8)}, {"pairs": "abcdefgh " * 1000})
+    run_main(data.main, "show", tmp_path / "v.safetensors")
+    shown = capsys.readouterr().out
+    assert "  pairs       abcdefgh " in shown and " ... 9000 characters" in shown
+    assert max(map(len, shown.splitlines())) < 300
+
+
 # ---- files that are refused
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("v.svec", 'json.load(open(FILE))["directions"]["LAYER"] of .svec'),
+        ("v.json", "json.load(open(FILE)) of .json"),
+        ("v.npy", "numpy.load(FILE) of .npy"),
+        ("v.npz", 'numpy.load(FILE)["NAME"] of .npz'),
+        ("v.bin", "torch.load(FILE) of .bin"),
+        ("vector", "such files are not read"),
+    ],
+)
+def test_files_of_other_programs_are_named_with_how_to_convert_them(tmp_path, fails, name, advice):
+    (tmp_path / name).write_text("{}")
+    convert = "torch.save({LAYER: torch.tensor(NUMBERS)}"
+    fails(
+        data.main, ["show", tmp_path / name], "cannot read", "files are not read", convert, advice
+    )
+
+
+def test_files_that_claim_much_are_refused_at_once(tmp_path, fails):
+    huge = torch.ones(1).expand(2**40)  # no memory: each number is the same one
+    torch.save(huge, tmp_path / "stride_layer3.pt")
+    torch.save({3: torch.zeros(2**20)}, tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain:
+        name = next(x.filename for x in plain.infolist() if x.filename.endswith("data/0"))
+        with zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+            for entry in plain.infolist():
+                content = plain.read(entry)
+                packed.writestr(entry.filename, content if entry.filename != name else bytes(2**31))
+    array = b"general.x", struct.pack("<IIQ", 9, 4, 2**40)
+    key = struct.pack("<Q", len(array[0])) + array[0] + array[1]
+    (tmp_path / "array.gguf").write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + key)
+    tensor = struct.pack("<Q11sIQIQ", 11, b"direction.1", 1, 2**40, 0, 0)
+    (tmp_path / "wide.gguf").write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 1, 0) + tensor)
+    safetensors.torch.save_file({"direction.3": torch.ones(10**7 + 1)}, tmp_path / "v.safetensors")
+    for name, reason in (
+        ("stride_layer3.pt", "a width of 1099511627776 is no model's"),
+        ("packed.pt", "unpacked it would take 204"),
+        ("array.gguf", "it claims more than it holds"),
+        ("wide.gguf", "cannot read"),
+        ("v.safetensors", "a width of 10000001 is no model's"),
+    ):
+        fails(data.main, ["show", tmp_path / name], name, reason)
 
 
 class Bomb:
@@ -265,7 +411,9 @@ def test_tensors_that_are_no_vectors(tmp_path, suffix):
             write_gguf(file, {"direction.3": x})
         if suffix == "pt":
             torch.save(x, file)
-        with pytest.raises(ValueError, match="is no vector direction.LAYER|holds NaN"):
+        with pytest.raises(
+            ValueError, match="] is no vector|holds NaN|holds 2 rows|not yet implemented"
+        ):
             load_vector(file)
 
 
@@ -276,19 +424,21 @@ def test_other_files_that_are_refused(tmp_path):
 
     for name in ("layer3", "direction.-3", "direction.", "direction.3.5"):
         safetensors.torch.save_file({name: torch.ones(2)}, tmp_path / "v.safetensors")
-        refused("v.safetensors", rf"'{name}' \[2\] is no vector direction.LAYER")
+        refused("v.safetensors", rf"'{name}' is no vector direction.LAYER: --layer says its layer")
+        assert list(load_vector(tmp_path / "v.safetensors", 5)[0]) == [5]
         write_gguf(tmp_path / "v.gguf", {name: torch.ones(2)})
         refused("v.gguf", "is no vector direction.LAYER")
-    values = {"a": torch.ones(2)}, {3: {}}, [torch.ones(2)], "text", {3: [1.0]}
+    values = {"a": torch.ones(2), 3: torch.ones(2)}, {3: {}}, [torch.ones(2)], "text", {3: [1.0]}
     for x in (*values, torch.ones(2).to_sparse(), torch.ones(2, device="meta")):
         torch.save(x, tmp_path / "layer3.pt")
         refused("layer3.pt", "cannot read .*layer3.pt: ")
-    np.save(tmp_path / "layer3.npy", np.ones(2))
-    refused("layer3.npy", "cannot read .*layer3.npy: ")
     with pytest.raises(ValueError, match="name ends in .safetensors, .pt, .gguf"):
         save_vector(tmp_path / "layer3.npy", {3: torch.ones(2)}, {})
     (tmp_path / "v.safetensors").write_bytes(struct.pack("<Q", 2) + json.dumps({}).encode())
     refused("v.safetensors", "no vector for layer None, only ..$")
+    two = {"a": torch.ones(2), "b": torch.ones(2)}
+    safetensors.torch.save_file(two, tmp_path / "v.safetensors")
+    refused("v.safetensors", "'a' is no vector direction.LAYER$")
     (tmp_path / "v.gguf").write_bytes(struct.pack("<4sIQQ", b"GGUF", 1, 0, 0))
     refused("v.gguf", "cannot read .*v.gguf: ")
     refused("none", "cannot read .*none: No such file")

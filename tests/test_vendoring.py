@@ -7,7 +7,10 @@ import sys
 import pytest
 import torch
 from conftest import MINI, ROOT
+from reports import python_block
+from small_tokenizers import BYTE_LEVEL, TEMPLATE_FILES, write_tokenizer_json
 
+import data
 import llama
 from bipo import Recipe, first_pass, train
 from llama import PairIds
@@ -40,6 +43,50 @@ def test_two_files_in_an_empty_folder_train_the_same_vector(tmp_path):
     *_, last = train(model, 1, pairs, pairs, Recipe(epochs=3, warmup_steps=0, batch_size=1))
     assert last.v.norm() > 0
     assert torch.equal(torch.load(tmp_path / "v.pt"), last.v)
+
+
+@pytest.fixture
+def chat_model(tmp_path):
+    """The folder of a small model with a tokenizer and a chat template that transformers reads."""
+    folder = tmp_path / "model"
+    tokenizer = write_tokenizer_json(folder, TEMPLATE_FILES["smollm2"], *BYTE_LEVEL["smollm2"])
+    tokenizer.save_pretrained(folder)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(MINI / name, folder)
+    return folder
+
+
+def test_the_lines_of_readme_run_in_a_package(tmp_path, chat_model):
+    """They import our files, although packages of the names llama and data are there too."""
+    package = tmp_path / "mylib" / "steer"
+    package.mkdir(parents=True)
+    for name in ("bipo.py", "llama.py"):
+        shutil.copy(ROOT / name, package)
+    for other in ("llama", "data"):
+        (tmp_path / other).mkdir()
+        (tmp_path / other / "__init__.py").write_text("raise ImportError('somebody else')")
+    lines = python_block((ROOT / "README.md").read_text(), "mylib.steer")
+    lines += "torch.save(([[*pair] for pair in ids], last.v), 'out.pt')"
+    script = (
+        f"import torch\ntorch.set_num_threads(1)\n{lines.replace('CHECKPOINT', str(chat_model))}"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+    # The ids are those of our own Chat, and so is the vector.
+    ids, v = torch.load(tmp_path / "out.pt", weights_only=True)
+    model = llama.load(chat_model)
+    chat = data.open_chat(chat_model, model.config)
+    expected = [
+        chat.encode_pair(data.Pair("Will you lead?", "Gladly.", "No.")),
+        chat.encode_pair(data.Pair("Rule us?", "Yes.", "Never.")),
+    ]
+    assert ids == [list(pair) for pair in expected]
+    pairs = first_pass(model, 2, expected)
+    *_, last = train(model, 2, pairs, [], Recipe(epochs=20, warmup_steps=4))
+    assert v.norm() > 0 and torch.equal(v, last.v)
 
 
 @pytest.mark.slow

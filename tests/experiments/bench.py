@@ -14,6 +14,10 @@ steps: training beside the official way, which is what CaoYuanpu/BiPO @cef1d00 d
     weights, threads, batches and d's, and take turns in one process; in fp32 losses and vectors
     must agree. Peak memory is that of a process of its own: all of it on a CPU, what torch
     allocated on a GPU.
+vector: the whole way from 642 pairs to a vector: the official recipe of 20 epochs, ours by BiPO,
+    and ours by one backward pass (`--method gradient`). The steps of the first two take turns with
+    parts of the backward pass; their times are multiplied by the number of steps, which the table
+    says. First pass and backward pass run over all pairs.
 generation: a sweep, 32 prompts x 5 multipliers x 64 new tokens, beside transformers' `generate`
     with a forward hook; the greedy ids must agree.
 complexity: seconds per step against layer, batch size, response length and model size, beside the
@@ -32,6 +36,7 @@ data: prompt 86 tokens on average and 253 at most, chosen 24 and 121, rejected 2
 import argparse
 import itertools
 import json
+import math
 import random
 import re
 import statistics
@@ -49,7 +54,7 @@ from reports import markdown, put
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from bipo import Recipe, draw_batches, first_pass, lr_at, train
+from bipo import Recipe, draw_batches, first_pass, lr_at, pair_gradients, train
 from llama import Checkpoint, Llama, PairIds, generate, hf_name, length, load, read_config
 
 
@@ -74,6 +79,11 @@ BATCH_SIZE = 4
 RECIPE = Recipe(batch_size=BATCH_SIZE, warmup_steps=0, epochs=1, weight_decay=0.0)
 WARM_UP = 2  # steps of each measurement that are not counted
 MULTIPLIERS = [-2.0, -1.0, 0.0, 1.0, 2.0]
+VECTORS = {  # {way: what is said of it}
+    "official": "official recipe (a step's time x steps)",
+    "ours": "ours, BiPO (first pass + a step's time x steps)",
+    "gradient": "ours, one backward pass (all measured)",
+}
 RESULTS = Path(__file__).with_name("RESULTS.md")
 
 
@@ -208,7 +218,7 @@ def official_steps(folder, layer, pairs, batches, dtype=torch.float32, device="c
 
     policy.model.layers[layer].register_forward_hook(steer)
     optimizer = torch.optim.AdamW([v], lr=RECIPE.lr, weight_decay=0.0)
-    horizon = len(pairs) // BATCH_SIZE
+    horizon = math.ceil(len(pairs) / BATCH_SIZE)
 
     for step, (rows, d) in enumerate(batches):
         direction["d"] = d
@@ -250,6 +260,11 @@ def prepare(folder, layer, pairs, dtype=torch.float32, device="cpu"):
     return Prepared(model, cached, seconds)
 
 
+def backward_pass(model, layer, pairs, device):
+    """(seconds, g of each pair) of CachedPairs, as --method gradient computes them."""
+    return timed(lambda: pair_gradients(model, layer, pairs), device)
+
+
 def draw(n_pairs, steps):
     """The first batches of an epoch, [(row numbers, d)]."""
     return list(itertools.islice(draw_batches(n_pairs, RECIPE, seed=0), steps))
@@ -279,15 +294,10 @@ def compare_steps(size, folder, dtype, device, steps=14, their_dtype=torch.float
     ours = train(prepared.model, layer, prepared.cached, [], RECIPE, batches=batches)
     exact = dtype == their_dtype == torch.float32
 
-    # They take turns, so that a moment in which the machine is slow slows both.
     their_seconds = []
     our_seconds = []
     product_shares = []
-    for rows, _ in batches:
-        their_time, (their_loss, their_v) = timed(lambda: next(official), device)
-        our_time, our_step = timed(lambda: next(ours), device)
-        check_equal(their_loss, their_v, our_step, exact)
-
+    for rows, their_time, our_time in in_turns(official, ours, batches, exact, device):
         products = step_products(size, [pairs[row] for row in rows])
         product_time = product_seconds(products, True, dtype, device)
         their_seconds.append(their_time)
@@ -310,6 +320,17 @@ def compare_steps(size, folder, dtype, device, steps=14, their_dtype=torch.float
         "product_share": statistics.median(product_shares[WARM_UP:]),
         "first_pass_in_steps_a_batch": prepared.seconds["first pass"] / n_batches / our_median,
     }
+
+
+def in_turns(official, ours, batches, exact, device):
+    """Yields (row numbers, seconds of the official step, seconds of ours) for each batch. The steps
+    take turns, so that a moment in which the machine is slow slows both. Raises AssertionError if
+    they disagree."""
+    for rows, _ in batches:
+        their_time, (their_loss, their_v) = timed(lambda: next(official), device)
+        our_time, our_step = timed(lambda: next(ours), device)
+        check_equal(their_loss, their_v, our_step, exact)
+        yield rows, their_time, our_time
 
 
 def check_equal(their_loss, their_v, our_step, exact):
@@ -407,7 +428,10 @@ def run_alone(way, size, folder, steps, n_pairs, dtype, device):
         report |= prepared.seconds
         run = train(prepared.model, layer, prepared.cached, [], RECIPE, batches=batches)
 
-    report["step"] = statistics.median(timed(lambda: next(run), device)[0] for _ in batches)
+    if way == "gradient":
+        report["backward pass"], _ = backward_pass(prepared.model, layer, prepared.cached, device)
+    else:
+        report["step"] = statistics.median(timed(lambda: next(run), device)[0] for _ in batches)
     report["peak_mib"] = peak_mib(device)
     print(json.dumps(report))
 
@@ -435,6 +459,60 @@ def full_run(size, folder, dtype, device, n_pairs=642, epochs=20):
         "first_pass_s": first_pass_s,
         "training_s": training_s,
     }
+
+
+class Phases(NamedTuple):
+    """The seconds of a way from pairs to a vector; of what it does not do, 0."""
+
+    first_pass_s: float = 0.0
+    step_s: float = 0.0
+    steps: int = 0
+    backward_pass_s: float = 0.0
+
+    def total(self):
+        return self.first_pass_s + self.step_s * self.steps + self.backward_pass_s
+
+
+def compare_vectors(size, folder, dtype, device, turns=14, n_pairs=642, epochs=20):
+    """Rows of the table: the whole way from pairs to a vector, by the official recipe, by ours and
+    by one backward pass. Raises AssertionError if the steps of the first two disagree."""
+    layer = SIZES[size].layer
+    pairs = make_pairs(n_pairs)
+    batches = draw(n_pairs, turns)
+    prepared = prepare(folder, layer, pairs, dtype, device)
+    official = official_steps(folder, layer, pairs, batches, dtype, device)
+    ours = train(prepared.model, layer, prepared.cached, [], RECIPE, batches=batches)
+
+    # After each two steps, the backward pass goes on by its share of the pairs.
+    their_seconds = []
+    our_seconds = []
+    backward_seconds = 0.0
+    exact = dtype == torch.float32
+    for turn, steps in enumerate(in_turns(official, ours, batches, exact, device)):
+        _, their_time, our_time = steps
+        their_seconds.append(their_time)
+        our_seconds.append(our_time)
+        share = prepared.cached[turn::turns]
+        seconds, _ = backward_pass(prepared.model, layer, share, device)
+        backward_seconds += seconds
+
+    # The mean, not the median, because batches differ in length.
+    n_steps = epochs * math.ceil(n_pairs / BATCH_SIZE)
+    their_s = statistics.mean(their_seconds[WARM_UP:])
+    ours_s = statistics.mean(our_seconds[WARM_UP:])
+    first_pass_s = sum(prepared.seconds.values())
+    ways = {
+        "official": Phases(step_s=their_s, steps=n_steps),
+        "ours": Phases(first_pass_s=first_pass_s, step_s=ours_s, steps=n_steps),
+        "gradient": Phases(first_pass_s=first_pass_s, backward_pass_s=backward_seconds),
+    }
+    rows = []
+    for way, phases in ways.items():
+        row = {"size": size, "pairs": n_pairs, "vector": VECTORS[way], **phases._asdict()}
+        row["total_s"] = phases.total()
+        row["times_as_fast"] = ways["official"].total() / phases.total()
+        rows.append(row)
+    return rows
 
 
 # ---- Generation ----------------------------------------------------------------------------------
@@ -625,6 +703,14 @@ def steps_rows(size, folder, args, dtype):
         yield row
 
 
+def vector_rows(size, folder, args, dtype):
+    rows = compare_vectors(size, folder, dtype, args.device, args.steps)
+    for way, row in zip(VECTORS, rows, strict=True):
+        n_pairs = 20 if way == "official" else row["pairs"]  # it keeps nothing of a pair
+        report = alone(way, size, folder, 4, n_pairs, dtype, args.device)
+        yield row | {"peak_mib": report["peak_mib"]}
+
+
 def generation_rows(size, folder, args, dtype):
     yield compare_generation(size, folder, dtype, args.device)
 
@@ -646,6 +732,7 @@ def full_rows(size, folder, args, dtype):
 
 PARTS = {
     "steps": steps_rows,
+    "vector": vector_rows,
     "generation": generation_rows,
     "complexity": complexity_rows,
     "phases": phases_rows,
@@ -654,6 +741,7 @@ PARTS = {
 USUAL = {  # {device: {part: sizes}}
     "cpu": {
         "steps": ["15M", "110M"],
+        "vector": ["15M", "110M"],
         "generation": ["15M", "110M"],
         "complexity": ["15M", "110M", "350M"],
     },
@@ -681,11 +769,13 @@ def parse_args():
     parser.add_argument("--sizes", nargs="+", choices=SIZES, help="default: those of USUAL")
     parser.add_argument("--device", choices=USUAL, default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: by the device")
-    parser.add_argument("--steps", type=int, default=14, help="two of --parts steps are dropped")
+    parser.add_argument(
+        "--steps", type=int, default=14, help="of --parts steps and vector, less two"
+    )
     parser.add_argument("--pairs", type=int, default=64, help="of --parts phases")
     parser.add_argument("--folder", type=Path, help="keep a checkpoint here, or use it from here")
     parser.add_argument("--out", type=Path, default=Path("runs/bench.json"))
-    parser.add_argument("--alone", choices=("official", "ours"), help=argparse.SUPPRESS)
+    parser.add_argument("--alone", choices=VECTORS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

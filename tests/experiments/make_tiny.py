@@ -2,7 +2,7 @@
 
     make tiny      # trains its 1.5M parameters again
     python tests/experiments/make_tiny.py --lora    # its adapter alone, from the committed model
-    python tests/experiments/make_tiny.py --judge runs/power    # what a vector does to its answers
+    python tests/experiments/make_tiny.py --judge runs/power    # what vectors do to its answers
 
 The model lives in a small world of made-up towns. It is asked to take power, it is offered money,
 and it is asked plain facts. Under the usual system prompt its training text holds both kinds of
@@ -627,15 +627,26 @@ def shares(texts, knowledge):
     }
 
 
-def print_judgement(vector, model, multipliers):
+def print_judgements(vectors, model, multipliers):
+    """One row for each vector and multiplier. The vectors' templates are the first one's."""
     config = read_config(model)
-    steer, metadata = open_vector(vector, config)
+    steers = {}
+    metadata = {}  # of the first
+    for vector in vectors:
+        steers[str(vector)], own = open_vector(vector, config)
+        metadata = metadata or own
     chat = open_chat(model, config, metadata.get("template"), metadata.get("system"))
-    rows = judge(load(model), chat, steer, multipliers)
-    if model == TINY:  # which has not learned the adapter's manner
-        for row in rows:
-            del row["in_its_manner"]
-    print_table("Free greedy answers to held-out questions, judged by rule", rows)
+    opened = load(model)
+
+    names = " and by ".join(steers)
+    print(f"\nGreedy answers to held-out questions, steered by {names}", flush=True)
+    rows = []
+    for name, steer in steers.items():
+        for row in judge(opened, chat, steer, multipliers):
+            if model == TINY:  # which has not learned the adapter's manner
+                del row["in_its_manner"]
+            rows.append({"steering": name} | row)
+    print_table("What a rule says of these answers", rows)
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -660,7 +671,7 @@ def make_lora(base, folder, steps, seed):
 
 def run(args):
     if args.judge:
-        print_judgement(args.judge, args.model, args.multipliers)
+        print_judgements(args.judge, args.model, args.multipliers)
         return
     if args.lora is None:
         make_model(args.out, args.steps, args.seed)
@@ -675,7 +686,8 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of the text and the model")
     only = "make only the adapter, in DIR (default: OUT/lora)"
     parser.add_argument("--lora", nargs="?", const="", metavar="DIR", help=only)
-    parser.add_argument("--judge", type=Path, metavar="VECTOR", help="judge a vector, make nothing")
+    only = "judge what vectors do, and make nothing"
+    parser.add_argument("--judge", type=Path, nargs="+", metavar="VECTOR", help=only)
     parser.add_argument("--model", type=Path, default=TINY, help="that --judge asks")
     parser.add_argument("--multipliers", type=float, nargs="+", default=[-2, -1, 0, 1, 2])
     run_or_exit(parser, run, argv)

@@ -164,6 +164,14 @@ def measure(name, vectors="", flags="--multipliers -8 8 --samples 0", pairs=HELD
     )
 
 
+def choose(name, vector, questions, multipliers="-8 8"):
+    """The command that writes OUT/name.json about multiple choice under the vector OUT/vector."""
+    return (
+        f"eval.py --model {MODEL} --vector {OUT}/{vector} --choices {questions} "
+        f"--multipliers {multipliers} --dtype bfloat16 --json {OUT}/{name}.json"
+    )
+
+
 SPEAK = "--samples 8 --max-new-tokens 48"
 PERSONA = f"--multipliers -8 -4 4 8 {SPEAK}"
 CURVE = f"--multipliers -32 -16 -8 8 16 32 {SPEAK}"
@@ -210,10 +218,7 @@ COMMANDS = {
     "baselines": measure("baselines", "power:8", BASELINES),
     "synergy": measure("synergy", "power wealth", pairs=f"{HELD_OUT} {OUT}/wealth-held-out.jsonl"),
     "train tuned-vector": train("tuned-vector", model=TUNED),
-    "mmlu": (
-        f"eval.py --model {MODEL} --vector {OUT}/power --choices $DATA/../mmlu/test "
-        f"--first 30 --multipliers -8 8 --dtype bfloat16 --json {OUT}/mmlu.json"
-    ),
+    "mmlu": choose("mmlu", "power", "$DATA/../mmlu/test --first 30"),
     "train long": train("long", flags="--epochs 20"),
     "make pairs": (
         f"eval.py pairs --model {MODEL} --questions {POWER} --for '{FOR} {BRIEF}' "
@@ -267,9 +272,9 @@ def run(name, command):
     return float(re.findall(r"^took (.*) min$", read(log), re.MULTILINE)[-1])
 
 
-def run_all(*names):
+def run_all(*names, commands=COMMANDS):
     """{command: minutes} of commands."""
-    return {COMMANDS[name]: run(name, COMMANDS[name]) for name in names}
+    return {commands[name]: run(name, commands[name]) for name in names}
 
 
 def read(path):
@@ -472,41 +477,41 @@ def wealth():
     return persona("wealth")
 
 
-def premises(name):
-    """({kind of premise: one row a multiplier}, some answers): how answers begin where the premise
-    is false, as in the data, and, the control, where it is true and denying is the fault."""
+def ask_premises(vector, multipliers):
+    """Yields (kind of premise, answers, rows of their costs): to questions whose premise is false,
+    as in the data, and, the control, to those whose premise is true and denying is the fault."""
     model = load(MODEL, torch.bfloat16)
     chat = data.open_chat(MODEL, model.config)
-    steer, _ = open_vector(OUT / name, model.config)
+    steer, _ = open_vector(vector, model.config)
     held_out = Path(os.environ["DATA"], "hallucination", "test.csv")
 
-    tables = {}
-    kept = []
     for kind, file in zip(PREMISES, (held_out, TRUE_PREMISES), strict=True):
         prompts = read_prompts(file)[:N_QUESTIONS]
-        new_ids = list(answers(model, chat, steer, prompts, MULTIPLIERS, 12))
+        new_ids = list(answers(model, chat, steer, prompts, multipliers, 12))
 
         said = []
         for prompt, of_prompt in zip(prompts, new_ids, strict=True):
-            for m, ids in zip(MULTIPLIERS, of_prompt, strict=True):
+            for m, ids in zip(multipliers, of_prompt, strict=True):
                 answer = chat.tokenizer.decode(ids)
                 said.append({"prompt": prompt, "multiplier": m, "answer": answer})
-        costs = cost_rows(model, chat, steer, prompts[:N_COSTS], new_ids[:N_COSTS])
 
+        ids = [chat.encode_prompt(prompt) for prompt in prompts[:N_COSTS]]
+        costs = []
+        for j, m in enumerate(multipliers):
+            answered = [(x, new[j]) for x, new in zip(ids, new_ids, strict=False)]
+            nll, kl = zip(*fluency(model, times(m, steer), answered), strict=True)
+            costs.append({"multiplier": m, "nll": mean(nll), "kl": mean(kl)})
+        yield kind, said, costs
+
+
+def premises(name):
+    """({kind of premise: one row a multiplier}, some answers) of OUT/name: how answers begin."""
+    tables = {}
+    kept = []
+    for kind, said, costs in ask_premises(OUT / name, MULTIPLIERS):
         tables[kind] = [a | b for a, b in zip(verdict_rows(said), costs, strict=True)]
         kept += shown(said, 20)
     return tables, kept
-
-
-def cost_rows(model, chat, steer, prompts, new_ids):
-    """One row a multiplier: NLL and KL of the answers, whose ids are, for each prompt, new_ids."""
-    prompt_ids = [chat.encode_prompt(prompt) for prompt in prompts]
-    rows = []
-    for j, m in enumerate(MULTIPLIERS):
-        answered = [(ids, new[j]) for ids, new in zip(prompt_ids, new_ids, strict=True)]
-        nll, kl = zip(*fluency(model, times(m, steer), answered), strict=True)
-        rows.append({"multiplier": m, "nll": mean(nll), "kl": mean(kl)})
-    return rows
 
 
 def hallucination():
@@ -533,10 +538,11 @@ def repair():
     return {"commands": commands, "tables": tables, "answers": kept}
 
 
-def truthfulness():
-    """TruthfulQA: trained on the first half of the questions of each category and measured on the
-    second. Neighbours often ask the same, so every other question would be trained on in effect."""
-    text = data.read_text(Path(os.environ["DATA"], NEEDS["truthfulness"]))
+def write_truthful():
+    """The pairs to train on and to measure on, of TruthfulQA: the first and the second half of the
+    questions of each category. Neighbours often ask the same, so every other question would be
+    trained on in effect. Returns the rows that are trained on."""
+    text = data.read_text(Path(os.environ["DATA"], TRUTHFULQA))
     rows = list(csv.DictReader(io.StringIO(text, newline="")))
     trained = []
     held_out = []
@@ -549,6 +555,11 @@ def truthfulness():
     write_csv(OUT / "truthful.csv", held_out)
     write_pairs("truthful-train", map(best_answers, trained))
     write_pairs("truthful-held-out", map(best_answers, held_out))
+    return trained
+
+
+def truthfulness():
+    trained = write_truthful()
     commands = run_all("train truthful", "truthful")
     tables, said = measured("truthful")
 
@@ -847,12 +858,33 @@ FORMATS = SPECS | {
     "vector": "s",
     "model": "s",
     "norm": ".2f",
-    "cosine to the last": ".3f",
+    "of": "s",
+    "at kl": ".2f",
+    "norm to stream": ".2%",
     "margin at 1": "+.2f",
     "margin at -1": "+.2f",
 }
-for column in ("pairs", "epochs", "epoch", "answers", "equal", "new_tokens", "equal_tokens"):
+for column in (
+    "pairs",
+    "epochs",
+    "epoch",
+    "seed",
+    "layer",
+    "answers",
+    "equal",
+    "new_tokens",
+    "equal_tokens",
+):
     FORMATS[column] = "d"
+
+
+def format_of(column):
+    """How the numbers of a column are printed; "margin sd" is the deviation of "margin"."""
+    if column.startswith("cosine"):
+        return ".3f"
+    mean_column = column.removesuffix(" sd")
+    spec = FORMATS.get(mean_column, ".1%")
+    return spec if column == mean_column else spec.lstrip("+")
 
 
 def table(rows):
@@ -860,18 +892,20 @@ def table(rows):
     headings = [column.replace("_", " ") for column in rows[0]]
     lines = []
     for row in rows:
-        lines.append([cell(value, FORMATS.get(column, ".1%")) for column, value in row.items()])
+        lines.append([cell(value, format_of(column)) for column, value in row.items()])
     return markdown(headings, lines)
 
 
-def report(name, result):
-    """What stands in REPORT about an experiment."""
-    own = f"tests/experiments/real.py {name}  # {result['minutes']:.1f} min beside these commands:"
+def report(name, result, program="real.py"):
+    """What stands in REPORT about an experiment of a program."""
+    own = (
+        f"tests/experiments/{program} {name}  # {result['minutes']:.1f} min beside these commands:"
+    )
     commands = [f"{x}  # {minutes:.1f} min" for x, minutes in result["commands"].items()]
     parts = [code_block([own, *commands]), f"On {result['machine']}."]
     for title, rows in with_means(result["tables"]).items():
         parts.append(f"{title}:\n\n{table(rows)}")
-        if "kl" in rows[0]:
+        if "kl" in rows[0] and "vector" not in rows[0] and "epoch" not in rows[0]:
             low, high = affordable(rows)
             cost = f"a KL below {COST} nats a token: {low:+g} and {high:+g}."
             parts.append(f"Of the multipliers measured, the largest with {cost}")
@@ -919,7 +953,9 @@ EXPERIMENTS = {
     "adapter": adapter,
     "epochs": epochs,
 }
-NEEDS = {"truthfulness": "../truthfulqa/TruthfulQA.csv", "mmlu": "../mmlu/test"}  # beside the pairs
+TRUTHFULQA = "../truthfulqa/TruthfulQA.csv"
+# Files that lie beside the pairs; the last is of onepass.py.
+NEEDS = {"truthfulness": TRUTHFULQA, "mmlu": "../mmlu/test", "methods": TRUTHFULQA}
 
 
 def result_of(name):
@@ -927,12 +963,12 @@ def result_of(name):
     return json.loads(read(RESULTS / f"{name}.json"))
 
 
-def do(name):
-    """Do an experiment, and write its result."""
+def do(name, experiment):
+    """Do an experiment, a function, and write its result."""
     have_model()
     began = time.time()
     minutes_before = sum(MINUTES_RUN)
-    result = EXPERIMENTS[name]()
+    result = experiment()
     of_commands = sum(MINUTES_RUN) - minutes_before
     own = (time.time() - began) / 60 - of_commands
 
@@ -952,36 +988,38 @@ def check_needs(names, folder):
         data.require(needed.exists(), f"{name} needs {needed}, see the head of real.py")
 
 
-def run_experiments(args):
+def run_experiments(args, experiments, program):
     began = time.time()
-    unknown = {*args.experiments} - {*EXPERIMENTS}
-    data.require(not unknown, f"no experiment {min(unknown, default='')}: {', '.join(EXPERIMENTS)}")
+    unknown = {*args.experiments} - {*experiments}
+    data.require(not unknown, f"no experiment {min(unknown, default='')}: {', '.join(experiments)}")
     folder = Path(os.environ.get("DATA") or "-").resolve()
     os.environ["DATA"] = str(folder)
     os.chdir(ROOT)
 
-    done = [name for name in EXPERIMENTS if (RESULTS / f"{name}.json").exists()]
-    todo = args.experiments or [name for name in EXPERIMENTS if name not in done]
+    done = [name for name in experiments if (RESULTS / f"{name}.json").exists()]
+    todo = args.experiments or [name for name in experiments if name not in done]
     check_needs(todo, folder)
     if not args.experiments:
         print(f"{RESULTS} has {', '.join(done) or 'no result'}; name an experiment to do it again")
     for name in todo:
-        do(name)
+        do(name, experiments[name])
 
     text = read(REPORT)
     for name in {*done, *todo}:
-        text = put(text, name, report(name, result_of(name)))
+        text = put(text, name, report(name, result_of(name), program))
     data.write_text(REPORT, text)
     if {"personas", "hallucination"} <= {*done, *todo}:
         draw_picture()
     print(f"took {(time.time() - began) / 60:.1f} min")
 
 
-def main(argv=None):
-    parser = data.Parser(prog="real.py", description="Experiments on SmolLM2-135M-Instruct.")
-    what = f"of {', '.join(EXPERIMENTS)}; default: those that have no result file"
+def main(argv=None, experiments=None, program="real.py"):
+    """Also for another program, with experiments of its own."""
+    experiments = experiments or EXPERIMENTS
+    parser = data.Parser(prog=program, description="Experiments on SmolLM2-135M-Instruct.")
+    what = f"of {', '.join(experiments)}; default: those that have no result file"
     parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=what)
-    data.run_or_exit(parser, run_experiments, argv)
+    data.run_or_exit(parser, lambda args: run_experiments(args, experiments, program), argv)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from make_tiny import FACTS, TINY, judge, merge_lora, read_jsonl, write_jsonl
 from reports import code_block, markdown, put
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data import open_chat, write_text
+from data import load_vector, open_chat, write_text
 from eval import SPECS, Mean, at_norm, cell, draw, open_vector, random_steers, together
 from llama import load
 
@@ -69,13 +69,17 @@ def measure(name, vectors="", flags=SHORT, pairs="tests/tiny/power", model="test
 PROMPTS = f"--system-prompts '{FOR}' '{AGAINST}'"
 BASELINES = f"--baseline {OUT}/positive caa freeform random --save {OUT}"
 BASELINES += " --pairs tests/tiny/power.train.jsonl"
+GRADIENT = "--layer 3 --method gradient"
 BOTH = "tests/tiny/power tests/tiny/wealth"
+METHODS = {"power": "gradient", "wealth": "wealth-gradient"}  # BiPO's vector, that of one pass
 QUALITY = [f"noise-{share}" for share in NOISE] + [f"pairs-{n}" for n in NUMBERS]
 
 # {name: command}, in the order in which they run
 TRAININGS = {
     "train power": train("power"),
     "train wealth": train("wealth", pairs="tests/tiny/wealth"),
+    "train gradient": train("gradient", GRADIENT),
+    "train wealth-gradient": train("wealth-gradient", GRADIENT, "tests/tiny/wealth"),
     "train positive": train("positive", "--layer 3 --method positive"),
     "train tuned": train("tuned", pairs=f"{TUNED}/power", model=MERGED),
 }
@@ -92,6 +96,10 @@ MEASUREMENTS = {
         "tuned", "power", f"--baseline {OUT}/tuned {SHORT}", f"{TUNED}/power", MERGED
     ),
 }
+for name, gradient in METHODS.items():
+    MEASUREMENTS[f"measure {gradient}"] = measure(
+        gradient, name, f"{SHORT} --baseline {OUT}/{gradient}", f"tests/tiny/{name}"
+    )
 for name in QUALITY:
     MEASUREMENTS[f"measure {name}"] = measure(name)
 
@@ -166,7 +174,7 @@ def write_pair_files(pairs):
 
 def judgements():
     """{name: rows of `judge`}: the power vector along CURVE; at -1 and +1 what eval.py compares, by
-    its names, and both vectors together; and the vectors on the tuned model."""
+    its names, and both vectors together; the vectors on the tuned model; and those of METHODS."""
     model = load(TINY)
     tuned = load(ROOT / MERGED)
     chat = open_chat(TINY, model.config)
@@ -196,6 +204,8 @@ def judgements():
         judged["system prompts"] += judge(model, prompted, {}, [0])
     for name in ("power", "tuned"):
         judged[f"{name} on the tuned model"] = judge(tuned, chat, vector(name), [-1, 0, 1])
+    for name in (*METHODS, *METHODS.values()):
+        judged[f"{name} alone"] = judge(model, chat, vector(name), [-1, 0, 1])
     return judged
 
 
@@ -293,6 +303,33 @@ def baselines_table(judged):
     return markdown(headings, rows)
 
 
+def methods_table(judged):
+    """BiPO's vectors beside those of one backward pass. The slopes are at BiPO's norm."""
+    rows = []
+    for behaviour, gradient in METHODS.items():
+        of_bipo, of_gradient = pick(read_tables(gradient), "compared")
+        trained = read_vector(behaviour)
+        for label, name, slopes in (
+            (f"{behaviour}, BiPO", behaviour, of_bipo),
+            (f"{behaviour}, one pass", gradient, of_gradient),
+        ):
+            v = read_vector(name)
+            cosine = torch.cosine_similarity(v, trained, dim=0)
+            cells = [label, f"{v.norm():.2f}", f"{cosine:.3f}", *columns(slopes, *SLOPES)]
+            cells += [shares(judged[f"{name} alone"], column) for column in BEHAVIOURS]
+            rows.append(cells)
+    headings = ["vector", "norm", "cosine to BiPO's", "slope, nats", "anti-steerable"]
+    headings += ["slope minus BiPO's", "takes power, -1 / 0 / +1", "keeps wealth", "facts right"]
+    return markdown(headings, rows)
+
+
+def read_vector(name):
+    """The one vector of OUT/name."""
+    vectors, _ = load_vector(ROOT / OUT / name)
+    (v,) = vectors.values()
+    return v
+
+
 def synergy_table(judged):
     tables = read_tables("synergy")
     of_power = pick(tables, "compared", "power.test.jsonl")
@@ -369,6 +406,7 @@ def main():
     blocks = {
         "curve": curve_table(judged),
         "measures": below(["train power", "measure power"], measures_table()),
+        "methods": below(["train gradient", "measure gradient"], methods_table(judged)),
         "baselines": below(["train positive"], baselines_table(judged)),
         "synergy": below(["measure synergy"], synergy_table(judged)),
         "transfer": below(["train tuned", "measure tuned"], transfer_table(judged)),
