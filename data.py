@@ -403,9 +403,7 @@ def message_turn(message, column):
             return role, content
         case str(text):
             raise ValueError(f"{column} is a list of texts, not one text: {text!r:.60}")
-    raise ValueError(
-        f"{column} holds no text, nor a message of system, user or assistant: {message!r:.60}"
-    )
+    raise ValueError(f"{column} is no text, nor a message of a known role: {message!r:.60}")
 
 
 # How texts begin and end that somebody has put into a chat template, how a list of messages begins
@@ -525,8 +523,7 @@ class Tokenizer:
                 numbers = read_beside(path / "added_tokens.json").items()
                 self.added = {number: {"content": text} for text, number in numbers}
             for number, token in self.added.items():
-                plain = isinstance(token["content"], str) and token["content"]
-                plain = plain and type(number) is int and number >= 0
+                plain = token["content"].encode() and number in range(2**31)
                 require(plain, f"{token!r:.60} with the id {number!r}")
 
             require(not self.config.get("split_special_tokens"), "split_special_tokens is set")
@@ -906,8 +903,8 @@ def choose_template(path, family, own):
     for name, turns, text in (("llama-2", PROBE, AS_LLAMA_2), ("mistral", PROBE[1:], AS_MISTRAL)):
         with suppress(ValueError):  # the template fails, if there is one
             if own.source and re.fullmatch(text, own.fill(turns)):
-                note = f"note: {path} gets the official recipe's {name} with its system prompt"
-                print(printable(f"{note}; --template own takes its own"))
+                note = f"note: {path} gets the recipe {name}, with its system prompt; "
+                print(printable(f"{note}--template own takes the model's"))
                 return name
     if own.source:
         return "own"
