@@ -523,7 +523,7 @@ class Tokenizer:
                 numbers = read_beside(path / "added_tokens.json").items()
                 self.added = {number: {"content": text} for text, number in numbers}
             for number, token in self.added.items():
-                plain = token["content"].encode() and number in range(2**31)
+                plain = token["content"].encode() and type(number) is int and number >= 0
                 require(plain, f"{token!r:.60} with the id {number!r}")
 
             require(not self.config.get("split_special_tokens"), "split_special_tokens is set")
