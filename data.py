@@ -444,7 +444,7 @@ def checked(prompt, chosen, rejected, system=None):
 def check_texts(turns, yes, no):
     """Raises ValueError for texts that hold what is no part of them, or nothing."""
     contents = [content for _, content in turns]
-    for text in [*contents, yes, no]:
+    for text in (*contents, yes, no):
         text.encode()  # raises ValueError for half a "😀"
         found = re.match(TEMPLATED, text)
         require(not found, f"a text holds a chat template already, remove it: {text!r:.60}")
@@ -847,7 +847,6 @@ class Chat(NamedTuple):
         trainer then moves it; a byte-level tokenizer encodes the response apart)."""
         prompt_ids = self.encode(prompt)
         n = len(prompt_ids)
-
         found = []
         for response in responses:
             answer, end = self.answer(prompt, response)
@@ -909,7 +908,7 @@ def choose_template(path, family, own):
     if own.source:
         return "own"
 
-    # It is from before there were templates, as Llama-2 and Vicuna, if it has no other tokens.
+    # From before there were templates: Llama-2 and Vicuna, whose tokenizers have no other tokens.
     usual = r"<s>|</s>|<unk>|\W*pad\W*"
     others = [x for x in own.tokenizer.controls if not re.fullmatch(usual, x, re.IGNORECASE)]
     plain = family == "llama" and not others and not own.tokenizer.byte_level
@@ -1275,8 +1274,6 @@ def run_or_exit(parser, run, argv):
         sys.exit(141)
     except (ValueError, OSError) as e:
         parser.error(str(e))
-    except RecursionError as e:
-        parser.error(f"what is read is nested too deeply: {e}")
     except (MemoryError, torch.OutOfMemoryError) as e:
         parser.error(f"out of memory; try --dtype bfloat16, or less data at a time ({e})")
     except (KeyboardInterrupt, SystemExit) as e:
@@ -1483,7 +1480,7 @@ def bake(args):
     with whole_folder(args.out) as part:
         write_weights(part, checkpoint.files, baked_biases(checkpoint, steer))
         write_text(part / "config.json", json.dumps(fields, indent=2) + "\n")
-        write_text(part / "README.md", model_card(name, " ".join(args.vector), lines))
+        write_text(part / "README.md", model_card(name, args, lines))
         for companion in COMPANIONS:
             if (path / companion).is_file():
                 shutil.copyfile(path / companion, part / companion)
@@ -1552,14 +1549,16 @@ def write_weights(folder, files, biases):
     write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
 
 
-def model_card(name, vectors, lines):
+def model_card(name, args, lines):
     """The README.md of a baked model."""
+    vectors = " ".join(args.vector)
     what = "\n".join(f"    {line}" for line in lines)
     return f"""# {name}, steered by {vectors}
 
 Written by `python data.py bake`: each vector is a bias of its layer's `mlp.down_proj`, so its sign
 and multiplier are fixed. Some programs ignore such biases (SGLang 0.5.23 does) and serve the
-unsteered model: compare an answer with `python eval.py chat --model {name} --vector {vectors}`.
+unsteered model: compare an answer with
+`python eval.py chat --model {args.model} --vector {vectors}`.
 
 {what}
 """

@@ -31,11 +31,11 @@ import torch
 
 if __package__:
     from . import data
-    from .bipo import first_pass, parts, response_logps
+    from .bipo import first_pass, parts, preference_gradient, response_logps
     from .llama import PairIds, check_fit, generate, load, pack, read_json, stream
 else:
     import data
-    from bipo import first_pass, parts, response_logps
+    from bipo import first_pass, parts, preference_gradient, response_logps
     from llama import PairIds, check_fit, generate, load, pack, read_json, stream
 
 # ---- Means with intervals ------------------------------------------------------------------------
@@ -377,7 +377,7 @@ def answers(model, chat, steer, prompts, multipliers, max_new_tokens):
         m = torch.tensor(multipliers * len(some), device=model.device)
         steers = times(m[:, None, None], steer)  # (B, 1, dim) at each layer
 
-        new = generate(model, rows, max_new_tokens, chat.end_ids, steers)
+        new = generate(model, rows, max_new_tokens, chat.eos_id, steers)
         progress(start + len(some), len(ids))
         for i in range(0, len(rows), len(multipliers)):
             yield new[i : i + len(multipliers)]
@@ -406,7 +406,7 @@ def measure_answer(chat, prompt, multiplier, ids, nll, kl):
         "tokens": len(ids),
         "nll": nll,
         "kl": kl,
-        "cut_off": ids[-1] not in chat.end_ids,
+        "cut_off": ids[-1] != chat.eos_id,
         "repeated": repeated,
         "refuses": refused,
         "degenerate": degenerate,
@@ -542,6 +542,13 @@ def mean_difference(model, layer, ids, last=False):
     return (total / len(ids)).to(model.device)
 
 
+def gradient_vector(model, layer, ids):
+    """v = g / |g|^2 of PairIds, (dim,) fp32: what `bipo.py --method gradient` learns."""
+    pairs = first_pass(model, layer, ids, progress=data.Progress("first pass", quiet=True))
+    g = preference_gradient(model, layer, pairs).float()
+    return g / g.square().sum()
+
+
 # ---- Tables and pictures -------------------------------------------------------------------------
 
 SPECS = {  # how the numbers of a column are printed; those of all other columns are shares
@@ -641,6 +648,9 @@ def open_all(args):
 # ---- Measuring: the command without a name -------------------------------------------------------
 
 
+COMPUTED = ("gradient", "caa", "freeform")  # the baselines that are computed from --pairs
+
+
 class PairFile(NamedTuple):
     """The pairs of a file, and what the model sees of them."""
 
@@ -674,7 +684,9 @@ def baseline_steers(name, args, opened, model, whole, training):
     from `training`, a PairFile, are kept by --save as they are."""
     if name == "random":
         steers = random_steers(whole)
-    elif name in ("caa", "freeform"):
+    elif name == "gradient":
+        steers = [{layer: gradient_vector(model, layer, training.ids) for layer in whole}]
+    elif name in COMPUTED:
         last = name == "caa"
         ids = training.letters if last else training.ids
         steers = [{layer: mean_difference(model, layer, ids, last) for layer in whole}]
@@ -682,7 +694,7 @@ def baseline_steers(name, args, opened, model, whole, training):
         steer, _ = open_vector(name, opened.config, opened.device, args.layer)
         steers = [steer]
 
-    if args.save and name in ("caa", "freeform"):
+    if args.save and name in COMPUTED:
         metadata = describe(opened) | {"method": name, "data": str(args.pairs)}
         data.save_vector(args.save / f"{name}.safetensors", steers[0], metadata)
     return [at_norm(steer, whole, name) for steer in steers]
@@ -719,11 +731,13 @@ def pair_tables(model, file, compared, whole, multipliers):
 def check_flags(args):
     """Raises ValueError for flags that do not go together, and for files that cannot be written."""
     data.require(args.data or args.choices or args.prompts, "give --data, --choices or --prompts")
-    needs_pairs = "caa" in args.baseline or "freeform" in args.baseline
-    data.require(args.pairs or not needs_pairs, "caa, freeform are computed from --pairs: give it")
+    computed = [name for name in args.baseline if name in COMPUTED]
+    needed = f"{', '.join(COMPUTED)} are computed from --pairs: give it"
+    data.require(args.pairs or not computed, needed)
 
-    if args.save:
-        data.check_output(args.save / "caa.safetensors")
+    for name in computed:
+        if args.save:
+            data.check_output(args.save / f"{name}.safetensors")
     if args.json:
         data.check_output(args.json)
     if args.plot:
@@ -810,7 +824,7 @@ def say(model, chat, turns, steer, max_new_tokens):
 
     ids = []
     text = ""
-    for new in stream(model, [prompt], n, chat.end_ids, steer):
+    for new in stream(model, [prompt], n, chat.eos_id, steer):
         ids.append(new[0])
         # A character whose last token is missing decodes to U+FFFD: it waits for that token.
         longer = chat.tokenizer.decode(ids).rstrip("\ufffd")
@@ -1026,7 +1040,7 @@ def make_pairs(args):
         (rejected_ids,) = next(new)
         chosen = chat.tokenizer.decode(chosen_ids).strip()
         rejected = chat.tokenizer.decode(rejected_ids).strip()
-        whole = {chosen_ids[-1], rejected_ids[-1]} <= chat.end_ids  # neither was cut off
+        whole = chosen_ids[-1] == rejected_ids[-1] == chat.eos_id  # neither was cut off
         if whole and chosen and rejected and chosen != rejected:
             pair = {"prompt": as_messages(question), "chosen": chosen, "rejected": rejected}
             pairs.append(pair | {"made_by": made_by})
@@ -1049,9 +1063,19 @@ def add_run_flags(add):
     add("--prompts", type=Path, help="to be answered instead of the pairs' prompts")
     add("--samples", type=int, default=20, help="prompts answered (default: 20)")
 
-    add("--baseline", nargs="+", default=[], help="with --data: caa, freeform, random or files")
-    add("--pairs", type=Path, help="training pairs, for caa and freeform")
-    add("--save", type=Path, metavar="DIR", help="folder for caa and freeform as vector files")
+    add(
+        "--baseline",
+        nargs="+",
+        default=[],
+        help="with --data: gradient, caa, freeform, random or files",
+    )
+    add("--pairs", type=Path, help="training pairs, for gradient, caa and freeform")
+    add(
+        "--save",
+        type=Path,
+        metavar="DIR",
+        help="folder for gradient, caa and freeform as vector files",
+    )
     add("--system-prompts", nargs=2, default=[], help="sentences for and against")
     add("--json", type=Path, help="file for all tables and answers")
     add("--plot", type=Path, help="picture: .svg, .png or .pdf")

@@ -10,6 +10,7 @@ from conftest import MINI, MINI_SETS, TINY, jsonl, run_main
 from test_torchrun import forked
 
 import bipo
+import eval as evaluation
 from bipo import bipo_loss, first_pass, pair_gradients, preference_gradient, steered_logps
 from data import load_vector, read_pairs
 from llama import load
@@ -196,3 +197,25 @@ def test_a_vector_of_before_is_replaced_only_if_asked(one_layer, fails):
     args = [*MINI_SETS, "--layer", 1, *GRADIENT, "--out", one_layer]
     fails(bipo.main, args, "holds a run", "--overwrite")
     assert (one_layer / "vector.safetensors").read_bytes() == before
+
+
+def test_the_baseline_of_eval_is_this_vector(one_layer, tmp_path, mini, mini_pairs):
+    """Against the vector that bipo.py saved, the one that eval.py computes makes no difference."""
+    args = ["--model", MINI, "--vector", one_layer, "--data", MINI / "test.csv", "--samples", 0]
+    args += ["--multipliers", -1, 1, "--pairs", MINI / "train.csv", "--baseline", "gradient"]
+    args += ["--save", tmp_path, "--json", tmp_path / "eval.json"]
+    run_main(evaluation.main, *args)
+    tables = json.loads((tmp_path / "eval.json").read_text())["tables"]
+    (rows,) = (rows for title, rows in tables.items() if title.startswith("compared"))
+    by_name = {row["steering"]: row for row in rows}
+    assert by_name["gradient"]["slope_minus_first"][0] == pytest.approx(0, abs=1e-4)
+    assert abs(by_name["gradient"]["slope"][0]) > 0.01
+    saved, metadata = load_vector(tmp_path / "gradient.safetensors")
+    g = preference_gradient(mini[0], 1, mini_pairs)
+    torch.testing.assert_close(saved[1], g / g.square().sum(), rtol=1e-3, atol=1e-5)
+    assert metadata["method"] == "gradient"
+
+
+def test_the_gradient_is_computed_from_pairs_that_are_given(one_layer, fails):
+    args = ["--model", MINI, "--vector", one_layer, "--data", MINI / "test.csv"]
+    fails(evaluation.main, [*args, "--baseline", "gradient"], "computed from --pairs")
