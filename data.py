@@ -403,9 +403,7 @@ def message_turn(message, column):
             return role, content
         case str(text):
             raise ValueError(f"{column} is a list of texts, not one text: {text!r:.60}")
-    raise ValueError(
-        f"{column} holds no text, nor a message of system, user or assistant: {message!r:.60}"
-    )
+    raise ValueError(f"{column} is no text, nor a message of a known role: {message!r:.60}")
 
 
 # How texts begin and end that somebody has put into a chat template, how a list of messages begins
@@ -525,10 +523,8 @@ class Tokenizer:
                 numbers = read_beside(path / "added_tokens.json").items()
                 self.added = {number: {"content": text} for text, number in numbers}
             for number, token in self.added.items():
-                plain = token["content"] and type(number) is int and number >= 0
-                require(
-                    plain and isinstance(token["content"], str), f"{token!r:.60}, id {number!r}"
-                )
+                plain = token["content"].encode() and type(number) is int and number >= 0
+                require(plain, f"{token!r:.60} with the id {number!r}")
 
             require(not self.config.get("split_special_tokens"), "split_special_tokens is set")
             self.variables = {}
@@ -906,8 +902,8 @@ def choose_template(path, family, own):
     for name, turns, text in (("llama-2", PROBE, AS_LLAMA_2), ("mistral", PROBE[1:], AS_MISTRAL)):
         with suppress(ValueError):  # the template fails, if there is one
             if own.source and re.fullmatch(text, own.fill(turns)):
-                note = f"note: {path} gets the official recipe's {name} with its system prompt"
-                print(printable(f"{note}; --template own takes its own"))
+                note = f"note: {path} gets the recipe {name}, with its system prompt; "
+                print(printable(f"{note}--template own takes the model's"))
                 return name
     if own.source:
         return "own"
@@ -1276,8 +1272,10 @@ def run_or_exit(parser, run, argv):
         # Python writes what is left when it ends, and must not fail at that again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (ValueError, OSError, RecursionError) as e:
+    except (ValueError, OSError) as e:
         parser.error(str(e))
+    except RecursionError as e:
+        parser.error(f"what is read is nested too deeply: {e}")
     except (MemoryError, torch.OutOfMemoryError) as e:
         parser.error(f"out of memory; try --dtype bfloat16, or less data at a time ({e})")
     except (KeyboardInterrupt, SystemExit) as e:
@@ -1359,7 +1357,7 @@ def add_model_flags(parser):
 def add_pair_flags(parser, **number):
     """The flags for pairs; number: how many files --data takes, in argparse's words."""
     add = parser.add_argument_group("pairs").add_argument
-    add("--data", type=Path, help=".csv, .json or .jsonl; columns: see README", **number)
+    add("--data", type=Path, help=".csv, .json, .jsonl, also .gz; columns: see README", **number)
     add("--skip-bad", action="store_true", help="drop and count records that are bad or too long")
 
 
@@ -1484,7 +1482,7 @@ def bake(args):
     with whole_folder(args.out) as part:
         write_weights(part, checkpoint.files, baked_biases(checkpoint, steer))
         write_text(part / "config.json", json.dumps(fields, indent=2) + "\n")
-        write_text(part / "README.md", model_card(name, " ".join(args.vector), lines))
+        write_text(part / "README.md", model_card(name, args, lines))
         for companion in COMPANIONS:
             if (path / companion).is_file():
                 shutil.copyfile(path / companion, part / companion)
@@ -1553,14 +1551,16 @@ def write_weights(folder, files, biases):
     write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
 
 
-def model_card(name, vectors, lines):
+def model_card(name, args, lines):
     """The README.md of a baked model."""
+    vectors = " ".join(args.vector)
     what = "\n".join(f"    {line}" for line in lines)
     return f"""# {name}, steered by {vectors}
 
 Written by `python data.py bake`: each vector is a bias of its layer's `mlp.down_proj`, so its sign
 and multiplier are fixed. Some programs ignore such biases (SGLang 0.5.23 does) and serve the
-unsteered model: compare an answer with `python eval.py chat --model {name} --vector {vectors}`.
+unsteered model: compare an answer with
+`python eval.py chat --model {args.model} --vector {vectors}`.
 
 {what}
 """

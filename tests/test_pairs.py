@@ -320,7 +320,7 @@ def test_too_long_pairs_are_dropped_and_counted(mini, tmp_path, capsys):
 
 # ---- what is refused
 
-NO_MESSAGE = " holds no text, nor a message of system, user or assistant: "
+NO_MESSAGE = " is no text, nor a message of a known role: "
 MISSING = ("nan", "None", "NULL", "N/A", " \\N\n")
 TOOL_CALL = {"role": "assistant", "content": YES, "tool_calls": [{"function": {"name": "lead"}}]}
 THOUGHT = {"role": "assistant", "content": NO, "reasoning_content": "Hm."}
