@@ -59,10 +59,11 @@ one-pass: .venv/dev
 persona: .venv/dev
 	$(PY) $(EXPERIMENTS)/persona.py
 
-# When you want to serve the vector of `make real` elsewhere: installs llama.cpp and vLLM, and shows
-# whether they give our answers.
+# When you want the vector of `make real` elsewhere: installs llama.cpp, vLLM and the libraries that
+# people steer with, and shows whether they give our answers.
 engines: .venv/dev
 	$(PY) $(EXPERIMENTS)/engines.py
+	$(PY) $(EXPERIMENTS)/peers.py
 
 # When you changed make_tiny.py: trains the small model again, in a quarter of an hour.
 tiny: .venv/run

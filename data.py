@@ -1484,7 +1484,7 @@ def bake(args):
     with whole_folder(args.out) as part:
         write_weights(part, checkpoint.files, baked_biases(checkpoint, steer))
         write_text(part / "config.json", json.dumps(fields, indent=2) + "\n")
-        write_text(part / "README.md", model_card(name, " ".join(args.vector), lines))
+        write_text(part / "README.md", model_card(name, args, lines))
         for companion in COMPANIONS:
             if (path / companion).is_file():
                 shutil.copyfile(path / companion, part / companion)
@@ -1553,14 +1553,16 @@ def write_weights(folder, files, biases):
     write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
 
 
-def model_card(name, vectors, lines):
+def model_card(name, args, lines):
     """The README.md of a baked model."""
+    vectors = " ".join(args.vector)
     what = "\n".join(f"    {line}" for line in lines)
     return f"""# {name}, steered by {vectors}
 
 Written by `python data.py bake`: each vector is a bias of its layer's `mlp.down_proj`, so its sign
 and multiplier are fixed. Some programs ignore such biases (SGLang 0.5.23 does) and serve the
-unsteered model: compare an answer with `python eval.py chat --model {name} --vector {vectors}`.
+unsteered model: compare an answer with
+`python eval.py chat --model {args.model} --vector {vectors}`.
 
 {what}
 """

@@ -407,7 +407,7 @@ FAMILIES = {
     "qwen3": dict(max_position_embeddings=32768, num_key_value_heads=32, head_dim=128),
 }
 
-QUANTIZED = "the weights are quantized ({}): take the checkpoint that they were made from"
+QUANTIZED = "take the checkpoint that these quantized weights were made from: "
 
 ROPE_SCALING = {  # rope_type: its numbers
     "default": [],
@@ -538,10 +538,8 @@ def parse_config(said: dict) -> Config:
     family = said.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"model_type {family!r} is not implemented; {', '.join(FAMILIES)} are")
-    quantized = said.get("quantization_config")
-    if quantized:
-        kind = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise ValueError(f"quantization_config: {QUANTIZED.format(kind)}")
+    if said.get("quantization_config"):
+        raise ValueError(f"{QUANTIZED}quantization_config = {said['quantization_config']}")
 
     # What the file says, over what transformers assumes of the family. A null takes that back.
     merged = FAMILIES[family] | said
@@ -707,7 +705,7 @@ class Checkpoint:
         # Each tensor is a weight, and each weight has its tensor.
         for name in sorted(tensors.keys() - shapes.keys()):
             if re.search(r"qweight|scale|absmax", name):
-                raise ValueError(f"{path}: {QUANTIZED.format(name)}")
+                raise ValueError(f"{path}: {QUANTIZED}{name}")
             if not name.endswith("rotary_emb.inv_freq"):  # old files carry this table
                 raise ValueError(f"{path} has the unknown tensor {name}")
         for name, shape in sorted(shapes.items()):

@@ -10,11 +10,14 @@ import sys
 from pathlib import Path
 
 import engines
+import peers
 import pytest
 import torch
-from conftest import MINI, ROOT, assert_one_line
+from conftest import MINI, ROOT, TINY, assert_one_line
+from reports import python_block
 
 import data
+from llama import generate, load
 
 REPORT = (ROOT / engines.REPORT).read_text(encoding="utf-8")
 RESULT = json.loads((ROOT / engines.RESULTS / "engines.json").read_text(encoding="utf-8"))
@@ -63,6 +66,7 @@ import os
 from types import SimpleNamespace
 
 import torch
+from safetensors.torch import load_file
 
 assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
 
@@ -75,8 +79,14 @@ class Block(torch.nn.Module):
 class LLM:
     def __init__(self, model, dtype, **flags):
         assert dtype == "float32" and Path(model, "config.json").exists()
-        assert flags == {"enforce_eager": True, "enable_prefix_caching": False}
         self.layers = torch.nn.ModuleList([Block() for _ in range(4)])
+        baked = Path(model, "model-00002-of-00002.safetensors")
+        if baked.exists():
+            assert flags == {"enable_prefix_caching": True, "block_size": 32}
+            bias = load_file(baked)["model.layers.2.mlp.down_proj.bias"]
+            self.layers[2].register_forward_hook(lambda block, h, out: (out[0] + bias, out[1]))
+        else:
+            assert flags == {"enforce_eager": True, "enable_prefix_caching": False}
 
     def apply_model(self, f):
         f(SimpleNamespace(model=self))
@@ -153,9 +163,10 @@ def test_both_engines_are_asked_and_compared(with_engines, capsys):
     rows = json.loads(Path("tests/experiments/real/engines.json").read_text())["rows"]
     _, ours, _ = engines.our_answers()
     tokens = [sum(map(len, found)) for found in ours]
-    assert [row["multiplier"] for row in rows] == ["-8", "+0", "+8"] * 3
-    for row, n in zip(rows, tokens * 3, strict=True):
-        exact = row["engine"] in ("llama.cpp, F32", "vLLM")
+    assert [row["multiplier"] for row in rows] == ["-8", "+0", "+8"] * 5
+    in_vllm = ["vLLM, hook", "vLLM, baked", "vLLM, baked, prompt in cache"]
+    for row, n in zip(rows, tokens * 5, strict=True):
+        exact = row["engine"] in ("llama.cpp, F32", *in_vllm)
         assert exact or row["engine"] == "llama.cpp, Q4_1"
         assert (row["answers"], row["tokens"]) == (3, n)
         assert row["equal"] == 3 * exact and row["equal tokens"] == (n if exact else 15)
@@ -242,10 +253,46 @@ def test_tokens_after_a_difference_do_not_count():
 
 def test_every_answer_of_an_exact_engine_equals_ours():
     exact = [row for row in RESULT["rows"] if row["engine"] != "llama.cpp, Q4_1"]
-    assert [row["engine"] for row in exact] == ["llama.cpp, F32"] * 3 + ["vLLM"] * 3
+    assert {row["engine"].partition(",")[0] for row in exact} == {"llama.cpp", "vLLM"}
     assert all(row["equal"] == row["answers"] == 3 for row in exact)
 
 
 def test_the_report_has_the_table():
     (block,) = re.findall("<!-- engines -->\n(.*?)\n<!-- end -->", REPORT, re.DOTALL)
     assert block == engines.report(RESULT)
+
+
+# ---- libraries that people steer with
+
+
+def test_each_library_has_its_lines_and_its_answers_equal_ours():
+    page = (ROOT / peers.PAGE).read_text(encoding="utf-8")
+    (table,) = re.findall("<!-- peers -->\n(.*?)\n<!-- end -->", page, re.DOTALL)
+    for peer in peers.PEERS.values():
+        lines = python_block(page, peer.start)
+        assert lines.startswith(peer.start) and "out = " in lines or ", out = " in lines
+        rows = re.findall(rf"^\| {peer.package} \| (\S+) \| 3 \| 3 \| .* \| - \|$", table, re.M)
+        assert rows == ["-2", "+0", "+2"]
+
+
+def test_a_library_runs_its_lines_between_ours(place, monkeypatch):
+    """With transformers' hook in place of a library."""
+    steered = "def add(block, args, out):\n    return out + m * v\n\n"
+    steered += "model.model.layers[L].register_forward_hook(add)\n"
+    steered += "out = model.generate(ids, **greedy)\n"
+    peers.PAGE.write_text(f"```python\nimport pyvene\n{steered}```")
+    python = peers.ENGINES / "pyvene" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={place} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    (peers.ENGINES / "pyvene" / "installed").write_text(f"{peers.PEERS['pyvene'].package} 1.5 min")
+    (place / "pyvene.py").touch()
+
+    model = load(TINY)
+    v = 3 * torch.randn(128, generator=torch.Generator().manual_seed(0))
+    data.save_vector(peers.VECTOR / "vector.safetensors", {3: v}, {})
+    monkeypatch.setattr(peers, "MODEL", str(TINY))
+    prompts = [[1, 30, 31], [1, 40, 41, 42]]
+    ours = [generate(model, prompts, 40, 2, {3: m * v}) for m in peers.MULTIPLIERS]
+    assert peers.ask("pyvene", peers.Given(prompts, ours)) == ours
+    assert ours[0] != ours[1] != ours[2]

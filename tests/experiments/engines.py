@@ -6,7 +6,8 @@
 Each engine is installed by pip, once, into a virtual environment of its own, runs/engines/NAME; its
 last command's output is in runs/engines/NAME.log. It gets the prompts as token ids and computes in
 fp32. The table is printed; if both engines ran, it is also in real/engines.json and REAL.md, beside
-this file. What could not be installed or run is named in one line, with exit code 2; the other
+this file. vLLM is asked in two ways: steered by a hook, and as a server would run what `data.py
+bake` wrote. What could not be installed or run is named in one line, with exit code 2; the other
 engine runs.
 """
 
@@ -184,6 +185,13 @@ def llama_cpp(ids, layer):
 
 # ---- vLLM ----------------------------------------------------------------------------------------
 
+VLLM_SETTINGS = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
+
 # What comes after the recipe, in which `llm`, `options` and `multiplier` are.
 WORK = """
 import json
@@ -206,13 +214,47 @@ def vllm(ids, layer):
 
     out = ENGINES / "vllm.json"
     given = f"ids = {ids}\nmultipliers = {MULTIPLIERS}\nout = {str(out)!r}\n"
-    settings = {
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-    }
-    call("vllm", [python, "-c", given + recipe + WORK], **settings)
-    return {"vLLM": json.loads(out.read_text())}
+    call("vllm", [python, "-c", given + recipe + WORK], **VLLM_SETTINGS)
+    return {"vLLM, hook": json.loads(out.read_text())} | vllm_baked(python, ids)
+
+
+# What a server does: the network is compiled, and prompts that come again are in the prefix cache.
+SERVED = """
+import json
+
+from vllm import LLM, SamplingParams
+
+llm = LLM(folder, dtype="float32", enable_prefix_caching=True, block_size=32)
+options = SamplingParams(temperature=0, max_tokens=n_tokens)
+prompts = [{"prompt_token_ids": of_prompt} for of_prompt in ids]
+found = []
+for _ in range(2):
+    done = llm.generate(prompts, options, use_tqdm=False)
+    found.append([list(answer.outputs[0].token_ids) for answer in done])
+with open(out, "w") as file:
+    json.dump(found, file)
+"""
+
+
+def vllm_baked(python, ids):
+    """As `vllm`, of a folder that `data.py bake` writes for each multiplier."""
+    out = ENGINES / "vllm.json"
+    first = []
+    again = []
+    for m in MULTIPLIERS:
+        folder = ENGINES / f"baked{m:+g}"
+        shutil.rmtree(folder, ignore_errors=True)
+        bake = [sys.executable, data.__file__, "bake", "--model", MODEL, "--out", folder]
+        call("bake", [*bake, "--vector", f"{VECTOR}:{m:g}"])
+
+        given = (
+            f"folder = {str(folder)!r}\nids = {ids}\nn_tokens = {N_TOKENS}\nout = {str(out)!r}\n"
+        )
+        call("vllm", [python, "-c", given + SERVED], **VLLM_SETTINGS)
+        answers_to_each = json.loads(out.read_text())
+        first.append(answers_to_each[0])
+        again.append(answers_to_each[1])
+    return {"vLLM, baked": first, "vLLM, baked, prompt in cache": again}
 
 
 # ---- Comparing -----------------------------------------------------------------------------------
@@ -226,11 +268,11 @@ def alike(a, b):
     return n
 
 
-def compare(engine, theirs, ours):
+def compare(engine, theirs, ours, multipliers=MULTIPLIERS):
     """A row for each multiplier; both hold, for each multiplier, the ids of the answers. A token
     counts as equal if there is no difference before it."""
     rows = []
-    for m, found, expected in zip(MULTIPLIERS, theirs, ours, strict=True):
+    for m, found, expected in zip(multipliers, theirs, ours, strict=True):
         equal_tokens = 0
         differences = []
         for their_ids, our_ids in zip(found, expected, strict=True):
