@@ -462,9 +462,10 @@ def layer_or_all(text):
 
 def default_out(args):
     """runs/DATA-layerL[-METHOD]"""
+    stem = Path(args.data.name.removesuffix(".gz")).stem
     method = "" if args.method == "bipo" else f"-{args.method}"
     layers = "-".join(str(layer) for layer in args.layer)
-    return Path("runs", f"{args.data.stem}-layer{layers}{method}")
+    return Path("runs", f"{stem}-layer{layers}{method}")
 
 
 class PairSets(NamedTuple):

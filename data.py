@@ -403,9 +403,7 @@ def message_turn(message, column):
             return role, content
         case str(text):
             raise ValueError(f"{column} is a list of texts, not one text: {text!r:.60}")
-    raise ValueError(
-        f"{column} holds no text, nor a message of system, user or assistant: {message!r:.60}"
-    )
+    raise ValueError(f"{column} is no text, nor a message of a known role: {message!r:.60}")
 
 
 # How texts begin and end that somebody has put into a chat template, how a list of messages begins
@@ -525,10 +523,8 @@ class Tokenizer:
                 numbers = read_beside(path / "added_tokens.json").items()
                 self.added = {number: {"content": text} for text, number in numbers}
             for number, token in self.added.items():
-                plain = token["content"] and type(number) is int and number >= 0
-                require(
-                    plain and isinstance(token["content"], str), f"{token!r:.60}, id {number!r}"
-                )
+                plain = token["content"].encode() and type(number) is int and number >= 0
+                require(plain, f"{token!r:.60} with the id {number!r}")
 
             require(not self.config.get("split_special_tokens"), "split_special_tokens is set")
             self.variables = {}
@@ -906,8 +902,8 @@ def choose_template(path, family, own):
     for name, turns, text in (("llama-2", PROBE, AS_LLAMA_2), ("mistral", PROBE[1:], AS_MISTRAL)):
         with suppress(ValueError):  # the template fails, if there is one
             if own.source and re.fullmatch(text, own.fill(turns)):
-                note = f"note: {path} gets the official recipe's {name} with its system prompt"
-                print(printable(f"{note}; --template own takes its own"))
+                note = f"note: {path} gets the recipe {name}, with its system prompt; "
+                print(printable(f"{note}--template own takes the model's"))
                 return name
     if own.source:
         return "own"
@@ -1276,7 +1272,7 @@ def run_or_exit(parser, run, argv):
         # Python writes what is left when it ends, and must not fail at that again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (ValueError, OSError, RecursionError) as e:
+    except (ValueError, OSError) as e:
         parser.error(str(e))
     except (MemoryError, torch.OutOfMemoryError) as e:
         parser.error(f"out of memory; try --dtype bfloat16, or less data at a time ({e})")
@@ -1359,7 +1355,7 @@ def add_model_flags(parser):
 def add_pair_flags(parser, **number):
     """The flags for pairs; number: how many files --data takes, in argparse's words."""
     add = parser.add_argument_group("pairs").add_argument
-    add("--data", type=Path, help=".csv, .json or .jsonl; columns: see README", **number)
+    add("--data", type=Path, help=".csv, .json, .jsonl, also .gz; columns: see README", **number)
     add("--skip-bad", action="store_true", help="drop and count records that are bad or too long")
 
 

@@ -272,7 +272,7 @@ def choice_records(file):
     """[(place, record)] of a file: a record is a list in the files of MMLU, and else a dict."""
     text = data.read_text(file)
     header, _, _ = text.partition("\n")
-    if file.suffix != ".csv" or "Best Answer" in header:
+    if ".csv" not in file.suffixes or "Best Answer" in header:
         return list(data.open_records(file))
 
     # MMLU's files have no header, or one that ends in "answer".
@@ -611,7 +611,7 @@ def read_prompts(path):
     """The different prompts of a file, as in Pair: the lines of a .txt, or the column `prompt` of a
     file as for pairs, with `system` before it if there is one. Raises ValueError with file and
     place for a record without a prompt."""
-    if path.suffix == ".txt":
+    if ".txt" in path.suffixes:
         lines = [line.strip() for line in data.read_text(path).split("\n")]
         records = [("", {"prompt": line}) for line in lines if line]
     else:
@@ -1157,7 +1157,7 @@ def read_rows(path, more):
     """{JSON of the JUDGED values: row | more} of answers, judged or not: those in what eval.py
     --json wrote, or the rows of a .jsonl file. Raises ValueError for a row that is no answer."""
     if path.suffix == ".json":
-        records = enumerate(read_json(path).get("answers", []), 1)
+        records = enumerate(read_json(path).get("answers") or [], 1)
     else:
         records = data.open_records(path)
 

@@ -1,6 +1,7 @@
 """bipo.py as a user runs it: what it writes and prints, and how it refuses."""
 
 import argparse
+import gzip
 import io
 import json
 import math
@@ -483,8 +484,11 @@ def test_training_reports_how_its_files_were_read(tmp_path, capsys, fails):
 def test_a_run_is_named_after_its_data(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     pairs = [{"prompt": x, "chosen": "Yes.", "rejected": "No."} for x in "pq"]
-    jsonl(tmp_path / "my.pairs.jsonl", *pairs)
-    bipo.main(["--model", str(MINI), "--data", "my.pairs.jsonl", "--layer", "1", "--epochs", "1"])
+    content = jsonl(tmp_path / "my.pairs.jsonl", *pairs).read_bytes()
+    (tmp_path / "my.pairs.jsonl.gz").write_bytes(gzip.compress(content))
+    bipo.main(
+        ["--model", str(MINI), "--data", "my.pairs.jsonl.gz", "--layer", "1", "--epochs", "1"]
+    )
     assert (tmp_path / "runs" / "my.pairs-layer1" / "vector.safetensors").is_file()
 
 

@@ -542,8 +542,8 @@ def test_template_by_the_checkpoints_own_files(tmp_path, capsys):
     several = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": files["yi"]}]
     assert chosen("several", several, tokens=CHATML) == own(files["yi"])
     notes = capsys.readouterr().out
-    assert notes.count("note: ") == notes.count(" gets the official recipe's ") == 4
-    assert notes.count("its system prompt; --template own takes its own") == 4
+    assert notes.count("note: ") == notes.count(" gets the recipe ") == 4
+    assert notes.count("its system prompt; --template own takes the model's") == 4
     # no chat_template: a plain Llama, or Vicuna by its name, or refused
     assert chosen("llama2-base") == ("llama-2", SYSTEM)
     assert "note: " in (out := capsys.readouterr().out) and "so llama-2 is taken" in out

@@ -1,5 +1,6 @@
 """eval.py pairs, and the prompts that it reads."""
 
+import gzip
 import json
 import random
 import subprocess
@@ -241,6 +242,8 @@ def text_of(*rows):
 def test_prompts(tmp_path, name, text, prompts):
     (tmp_path / name).write_text(text)
     assert read_prompts(tmp_path / name) == prompts
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
+    assert read_prompts(tmp_path / f"{name}.gz") == prompts
 
 
 @pytest.mark.parametrize(
@@ -254,12 +257,12 @@ def test_prompts(tmp_path, name, text, prompts):
         ("x.csv", "prompt,query\na,b\n", "x.csv:2: .*query.* prompt"),
         ("x.jsonl", '{"prompt": "a"}\n7\n', "x.jsonl:2: not a value for each named column: 7"),
         ("x.jsonl", '{"prompt": "a"}\n{"prompt"', "cannot read .*: line 2 holds no whole record: "),
-        ("x.jsonl", '{"prompt": 7}', "x.jsonl:1: prompt holds no text, .*: 7"),
+        ("x.jsonl", '{"prompt": 7}', "x.jsonl:1: prompt is no text, .*: 7"),
         ("x.jsonl", '{"prompt": []}', "x.jsonl:1: no column is the prompt"),
         ("x.jsonl", r'{"prompt": "\ud83d"}', "x.jsonl:1: .*surrogates not allowed"),
         ("x.json", json.dumps([{"messages": messages(TALK[:2])}]),
          "x.json record 1: .*turns .* user, .*user assistant"),
-        ("x.json", json.dumps([{"prompt": "a", "system": 7}]), "record 1: system holds no text"),
+        ("x.json", json.dumps([{"prompt": "a", "system": 7}]), "record 1: system is no text"),
     ],
 )  # fmt: skip
 def test_prompts_that_are_refused(tmp_path, name, text, message):

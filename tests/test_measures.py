@@ -297,7 +297,7 @@ def test_wrong_choices(tmp_path, mini):
     asked = {**MC_TASK[0], "question": "<s>[INST] Lead? [/INST]"}
     wrong("a.json", json.dumps([asked]), f"a.json record 1: {templated}")
     for record in ({}, 7, [], [7], {**MC_TASK[0], "question": 7}):
-        wrong("a.json", json.dumps([record]), "a.json record 1: ")
+        wrong("a.json", json.dumps([record]), "a.json(:1| record 1): ")
     good = MC_TASK[0]["mc1_targets"]
     for bad in (
         {"No.": 1},

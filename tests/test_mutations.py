@@ -109,6 +109,7 @@ def good(tmp_path_factory):
         kinds[f"pairs {form}.json"] = ("x.json", json.dumps(rows).encode(), "pairs")
         if all(isinstance(x, str) for x in record.values()):
             kinds[f"pairs {form}.csv"] = ("x.csv", as_csv([record, record]), "pairs")
+    kinds["pairs .gz"] = ("x.jsonl.gz", gzip.compress(as_jsonl([ONE]), mtime=0), "pairs")
     kinds["prompts .txt"] = ("x.txt", b"Will you lead?\nWho is there?\n", "prompts")
     kinds["prompts .jsonl"] = ("x.jsonl", as_jsonl([{"prompt": "Lead?"}, {"goal": "x"}]), "prompts")
     mmlu = b"How many?,One,Two,Three,Four,B\nWho?,I,You,He,She,A\n"
@@ -291,6 +292,10 @@ def mutated(name, content, rng):
     draw = rng.random()
     if draw < 0.06:
         return rng.choice(WHOLE)
+    if name.endswith(".gz"):
+        if draw < 0.5:
+            return mutate_bytes(content, rng)
+        return gzip.compress(mutated("x.jsonl", gzip.decompress(content), rng), mtime=0)
     if name.endswith("safetensors") and draw < 0.5:  # the header is JSON behind its length
         n = int.from_bytes(content[:8], "little")
         header = mutate_json(json.loads(content[8 : 8 + n]), rng).encode()

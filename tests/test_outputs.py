@@ -190,7 +190,11 @@ def test_nesting_that_is_too_deep_is_one_line(fails):
     def endless(args):
         endless(args)
 
-    fails(lambda argv: data.run_or_exit(data.Parser(prog="p"), endless, argv), [], "p: maximum rec")
+    fails(
+        lambda argv: data.run_or_exit(data.Parser(prog="p"), endless, argv),
+        [],
+        "p: what is read is nested too",
+    )
 
 
 def test_a_program_may_run_beside_the_main_thread(fails):
