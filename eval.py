@@ -26,6 +26,7 @@ import os
 import shlex
 import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -408,7 +409,7 @@ def answers(model, chat, steer, prompts, multipliers, max_new_tokens):
         m = torch.tensor(multipliers * len(some), device=model.device)
         steers = times(m[:, None, None], steer)  # (B, 1, dim) at each layer
 
-        new = generate(model, rows, max_new_tokens, chat.eos_id, steers)
+        new = generate(model, rows, max_new_tokens, chat.end_ids, steers)
         progress(start + len(some), len(ids))
         for i in range(0, len(rows), len(multipliers)):
             yield new[i : i + len(multipliers)]
@@ -475,7 +476,10 @@ def multiplier_at(cost_of, target, sign, unit):
 
 def multipliers_by_cost(model, chat, steer, norms, prompts, args):
     """{multiplier: cost} of 0 and, for each sign, of the multipliers that cost each of --cost.
-    norms: {layer: |h|}, as far as they are known. Raises ValueError if there are none, or no prompts to answer."""
+
+    norms: {layer: |h|}, as far as they are known. Raises ValueError if no multiplier costs as much,
+    and without prompts to answer.
+    """
     data.require(prompts, "without prompts to answer, --multipliers must be numbers")
     layer = min(steer) - 1
     probes = make_probes(model, chat, layer, prompts, args.max_new_tokens)
@@ -523,7 +527,7 @@ def measure_answer(chat, prompt, multiplier, ids, nll, kl):
         "tokens": len(ids),
         "nll": nll,
         "kl": kl,
-        "cut_off": ids[-1] != chat.eos_id,
+        "cut_off": ids[-1] not in chat.end_ids,
         "repeated": repeated,
         "refuses": refused,
         "degenerate": degenerate,
@@ -760,6 +764,7 @@ def describe(opened):
     """How the metadata of a vector file describe an OpenModel."""
     return {
         "base_model": opened.name,
+        "model_type": opened.config.family,
         "n_layers": str(opened.config.n_layers),
         "template": opened.chat.template,
         "system": opened.chat.system,
@@ -1055,7 +1060,7 @@ def say(model, chat, turns, steer, max_new_tokens):
 
     ids = []
     text = ""
-    for new in stream(model, [prompt], n, chat.eos_id, steer):
+    for new in stream(model, [prompt], n, chat.end_ids, steer):
         ids.append(new[0])
         # A character whose last token is missing decodes to U+FFFD: it waits for that token.
         longer = chat.tokenizer.decode(ids).rstrip("\ufffd")
@@ -1117,8 +1122,8 @@ DEADLINE = 600  # seconds for a request, with all that is tried again
 
 
 def ask(args, text):
-    """The judge's reply to a text. The package openai tries again after time-outs, lost connections
-    and HTTP 408, 409, 429 and 5xx."""
+    """The judge's reply to a text, without its thoughts; "" if it was cut off. The package openai
+    tries again after time-outs, lost connections and HTTP 408, 409, 429 and 5xx."""
     openai = data.optional("openai")
     # No redirects: only the host that the user named gets the key.
     web = openai.DefaultAsyncHttpxClient(follow_redirects=False)
@@ -1126,7 +1131,13 @@ def ask(args, text):
     messages = [{"role": "user", "content": text}]
     request = client.chat.completions.create(model=args.judge, messages=messages, temperature=0)
     reply = asyncio.run(asyncio.wait_for(request, DEADLINE))
-    return (reply.choices[0].message.content or "").replace(args.key, "***")
+    data.require(reply.choices, f"a reply without choices: {reply}")
+    choice = reply.choices[0]
+    said = choice.message.content or ""
+    if choice.finish_reason != "stop" or said.count("<think>") > said.count("</think>"):
+        return ""
+    _, _, answer = said.rpartition("</think>")
+    return answer.replace(args.key, "***")
 
 
 def rate(args, row):
@@ -1157,7 +1168,9 @@ def read_rows(path, more):
     """{JSON of the JUDGED values: row | more} of answers, judged or not: those in what eval.py
     --json wrote, or the rows of a .jsonl file. Raises ValueError for a row that is no answer."""
     if path.suffix == ".json":
-        records = enumerate(read_json(path).get("answers") or [], 1)
+        saved = read_json(path).get("answers") or []
+        data.require(isinstance(saved, list), f"{path} holds no answers")
+        records = enumerate(saved, 1)
     else:
         records = data.open_records(path)
 
@@ -1273,19 +1286,29 @@ def make_pairs(args):
     # 2. Two answers to each question, saved every 16 questions.
     model = load(opened.path, opened.dtype, opened.device)
     new = iter(answers(model, chat, {}, prompts, [0.0], args.max_new_tokens))
+    left_out = Counter()  # {why: how many questions}
     for i, question in enumerate(missing, 1):
         (chosen_ids,) = next(new)  # at the only multiplier
         (rejected_ids,) = next(new)
         chosen = chat.tokenizer.decode(chosen_ids).strip()
         rejected = chat.tokenizer.decode(rejected_ids).strip()
-        whole = chosen_ids[-1] == rejected_ids[-1] == chat.eos_id  # neither was cut off
-        if whole and chosen and rejected and chosen != rejected:
+        whole = {chosen_ids[-1], rejected_ids[-1]} <= chat.end_ids  # neither was cut off
+        if not whole:
+            left_out["cut off at --max-new-tokens"] += 1
+        elif not (chosen and rejected):
+            left_out["empty"] += 1
+        elif chosen == rejected:
+            left_out["equal"] += 1
+        else:
             pair = {"prompt": as_messages(question), "chosen": chosen, "rejected": rejected}
             pairs.append(pair | {"made_by": made_by})
         if pairs and (i % 16 == 0 or i == len(missing)):
             write_jsonl(args.out, pairs)
-    data.require(pairs, "no pairs: the answers are empty, equal or longer than --max-new-tokens")
-    print(f"made {len(pairs)} pairs of {len(questions)} questions")
+    report = f"{len(pairs)} pairs of {len(questions)} questions, left out {data.listed(left_out)}"
+    data.require(pairs, f"no pairs: {report}")
+    print(f"made {report}")
+    command = ["python", "bipo.py", "--model", args.model, "--data", str(args.out)]
+    print(f"next: {shlex.join([*command, '--layer', 'all', '--method', 'gradient'])}")
 
 
 # ---- Command line --------------------------------------------------------------------------------

@@ -430,9 +430,9 @@ COLUMNS = "question,matching,not_matching\n"
         ("x.jsonl", LFS, "Git LFS pointer"),
         ("x.jsonl", b"PAR1\x15\x04", "Parquet"),
         ("x.parquet", b"PAR1\x15\x04", "is no .csv, .json or .jsonl"),
-        ("x.txt.gz", gzip.compress(b"{}"), "is no .csv, .json or .jsonl, maybe with .gz"),
+        ("x.txt.gz", gzip.compress(b"{}", mtime=0), "is no .csv, .json or .jsonl, maybe with .gz"),
         ("x.jsonl.gz", b"{}", "Not a gzipped file"),
-        ("x.jsonl.gz", gzip.compress(b"{}")[:-9], "ended before the end-of-stream marker"),
+        ("x.jsonl.gz", gzip.compress(b"{}", mtime=0)[:-9], "ended before the end-of-stream marker"),
         ("x.jsonl.gz", gzip.compress(b"\n" * 2**26, mtime=0), "holds more than 19 MiB"),
         # JSON
         ("x.jsonl", b"", "no pairs: read 0 pairs from "),
