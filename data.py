@@ -1274,6 +1274,8 @@ def run_or_exit(parser, run, argv):
         sys.exit(141)
     except (ValueError, OSError) as e:
         parser.error(str(e))
+    except RecursionError as e:
+        parser.error(f"what is read is nested too deeply: {e}")
     except (MemoryError, torch.OutOfMemoryError) as e:
         parser.error(f"out of memory; try --dtype bfloat16, or less data at a time ({e})")
     except (KeyboardInterrupt, SystemExit) as e:
