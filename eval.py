@@ -875,6 +875,20 @@ def baseline_steers(name, args, opened, model, whole, training):
     return [at_norm(steer, whole, name) for steer in steers]
 
 
+def compare(model, layer, file, cached, compared, ends):
+    """The `comparison_rows` of the steerings compared, by their slopes between two multipliers. The
+    sentences against and for take their places at -1 and +1, without a vector."""
+    slopes_by_name = {}
+    for name, steers in compared.items():
+        tables = [pair_scores(model, layer, steer, cached, ends) for steer in steers]
+        slopes_by_name[name] = np.array([slopes(logps, ends) for logps in tables])
+    if file.prompted:
+        both = first_pass(model, layer, file.prompted[-1] + file.prompted[1])
+        logps = np.array([pair.ref_logps.tolist() for pair in both]).reshape(2, -1, 2)
+        slopes_by_name["system prompts"] = slopes(logps, (-1, 1))[None]
+    return comparison_rows(slopes_by_name, file.prompts)
+
+
 def pair_tables(model, file, compared, whole, multipliers, gaps):
     """Yields (title, rows) for a PairFile: of the steering `whole` at the multipliers, and of those
     compared, {name: [steering, ...]}, each as the mean over its list. Appends to gaps the gap of
@@ -885,18 +899,10 @@ def pair_tables(model, file, compared, whole, multipliers, gaps):
     gaps.append(logps[..., 0] - logps[..., 1])
     yield "pairs", pair_rows(logps, cached, multipliers, file.prompts)
 
-    # Slopes between the ends, whose places the sentences against and for take without a vector.
-    ends = (multipliers[0], multipliers[-1])
-    slopes_by_name = {}
-    for name, steers in compared.items():
-        tables = [pair_scores(model, layer, steer, cached, ends) for steer in steers]
-        slopes_by_name[name] = np.array([slopes(logps, ends) for logps in tables])
-    if file.prompted:
-        both = first_pass(model, layer, file.prompted[-1] + file.prompted[1])
-        logps = np.array([pair.ref_logps.tolist() for pair in both]).reshape(2, -1, 2)
-        slopes_by_name["system prompts"] = slopes(logps, ends)[None]
-    title = f"compared at {ends[0]:+g} and {ends[1]:+g}"
-    yield title, comparison_rows(slopes_by_name, file.prompts)
+    if len(multipliers) > 1:
+        ends = (multipliers[0], multipliers[-1])
+        rows = compare(model, layer, file, cached, compared, ends)
+        yield f"compared at {ends[0]:+g} and {ends[1]:+g}", rows
 
     # Each pair has two A/B questions, one after the other.
     if file.letters:

@@ -85,8 +85,12 @@ def test_what_makes_no_pair_is_dropped(folder, monkeypatch, capsys):
 def test_no_pairs_no_file(folder, fails):
     (folder / "q.txt").write_text(QUESTIONS[0])
     out = folder / "out" / "pairs.jsonl"
-    fails(evaluation.main, command("--against", FOR), "no pairs: 0 pairs of 1 questions, left out 1 equal")
-    fails(evaluation.main, command("--max-new-tokens", 8), "longer than --max-new-tokens")
+    fails(
+        evaluation.main,
+        command("--against", FOR),
+        "no pairs: 0 pairs of 1 questions, left out 1 equal",
+    )
+    fails(evaluation.main, command("--max-new-tokens", 8), "left out 1 cut off at --max-new-tokens")
     (folder / "none.txt").write_text("\n")
     fails(evaluation.main, command("--questions", "none.txt"), "no p")
     assert not out.exists()
