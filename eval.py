@@ -15,14 +15,18 @@ In the shapes, M is the number of multipliers and N that of pairs, questions or 
 bipo.py, data.py and llama.py beside it; matplotlib for pictures, openai for the judge. MIT licence.
 """
 
+import argparse
 import asyncio
 import csv
 import io
 import itertools
 import json
+import math
 import os
+import shlex
 import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,11 +36,31 @@ import torch
 if __package__:
     from . import data
     from .bipo import first_pass, parts, preference_gradient, response_logps
-    from .llama import PairIds, check_fit, generate, load, pack, read_json, stream
+    from .llama import (
+        Batch,
+        PairIds,
+        check_fit,
+        generate,
+        load,
+        pack,
+        read_config,
+        read_json,
+        stream,
+    )
 else:
     import data
     from bipo import first_pass, parts, preference_gradient, response_logps
-    from llama import PairIds, check_fit, generate, load, pack, read_json, stream
+    from llama import (
+        Batch,
+        PairIds,
+        check_fit,
+        generate,
+        load,
+        pack,
+        read_config,
+        read_json,
+        stream,
+    )
 
 # ---- Means with intervals ------------------------------------------------------------------------
 
@@ -336,26 +360,34 @@ def repetition(ids, n=4):
     return 1 - len(set(grams)) / len(grams)
 
 
-def next_token_logps(model, batch, steer):
-    """log p of every token at each place that predicts a token of an answer, (R, vocab_size)."""
-    h = model.embed(batch.tokens)
-    h = model.blocks(h, 0, model.config.n_layers, batch.positions, batch.masks, steer=steer)
-    return finite(model.head(h[0, batch.predictors]).log_softmax(-1))
+def next_token_logps(model, layer, h, batch, steer):
+    """log p of every token at each place that predicts a token of an answer, (R, vocab_size), from
+    the residual stream h after block `layer`."""
+    n_layers = model.config.n_layers
+    h = model.blocks(h, layer + 1, n_layers, batch.positions, batch.masks, steer=steer)
+    return model.head(h[0, batch.predictors]).log_softmax(-1)
+
+
+def divergence(logps, other_logps):
+    """KL(p || other), the sum over the vocabulary of p * (log p - log other), (R,) nats, from
+    log-probs (R, vocab_size)."""
+    return (logps.exp() * (logps - other_logps)).sum(-1)
 
 
 def fluency(model, steer, ids):
     """[NLL, KL] of each of ids, (prompt, answer), both means over the answer's tokens in nats.
 
     NLL: -log p(token) under the unsteered model
-    KL: KL(steered || unsteered) = sum over the vocabulary of p_steered * (log p_steered - log p)
+    KL: KL(steered || unsteered), see `divergence`
     """
     found = []
     for part in parts(ids):
         batch = pack(ids[part], model.device)
-        unsteered = next_token_logps(model, batch, steer=None)
-        steered = next_token_logps(model, batch, steer)
+        h = model.embed(batch.tokens)
+        unsteered = finite(next_token_logps(model, -1, h, batch, steer=None))
+        steered = finite(next_token_logps(model, -1, h, batch, steer))
         nll = -unsteered.gather(-1, batch.targets[:, None])[:, 0]  # (R,)
-        kl = (steered.exp() * (steered - unsteered)).sum(-1)  # (R,)
+        kl = divergence(steered, unsteered)  # (R,)
         for answer in torch.stack([nll, kl]).split(batch.lengths, dim=1):  # (2, its tokens)
             found.append(answer.mean(1).tolist())
     return found
@@ -377,10 +409,99 @@ def answers(model, chat, steer, prompts, multipliers, max_new_tokens):
         m = torch.tensor(multipliers * len(some), device=model.device)
         steers = times(m[:, None, None], steer)  # (B, 1, dim) at each layer
 
-        new = generate(model, rows, max_new_tokens, chat.eos_id, steers)
+        new = generate(model, rows, max_new_tokens, chat.end_ids, steers)
         progress(start + len(some), len(ids))
         for i in range(0, len(rows), len(multipliers)):
             yield new[i : i + len(multipliers)]
+
+
+# ---- Multipliers by their cost -------------------------------------------------------------------
+
+N_PROBES = 8  # prompts whose answers tell what a multiplier costs
+
+
+class Probe(NamedTuple):
+    """Prompts and their unsteered greedy answers, in which `cost` is measured."""
+
+    batch: Batch
+    h: torch.Tensor  # (1, T, dim), the residual stream below all vectors
+    logps: torch.Tensor  # (R, vocab_size), see `next_token_logps`, without a vector
+
+
+def make_probes(model, chat, layer, prompts, max_new_tokens):
+    """The Probes of the first prompts; layer: the block below all vectors."""
+    prompts = prompts[:N_PROBES]
+    ids = []
+    new = answers(model, chat, {}, prompts, [0.0], max_new_tokens)
+    for prompt, (answer,) in zip(prompts, new, strict=True):
+        ids.append((chat.encode_prompt(prompt), answer))
+
+    probes = []
+    cached = first_pass(model, layer, ids)
+    for part in parts(ids):
+        batch = pack(ids[part], model.device)
+        h = torch.cat([pair.h for pair in cached[part]])[None].to(model.device)
+        probes.append(Probe(batch, h, finite(next_token_logps(model, layer, h, batch, {}))))
+    return probes
+
+
+def cost(model, layer, steer, probes):
+    """KL(steered || unsteered) in nats a token of the Probes; infinite if the model overflows."""
+    total = 0.0
+    for probe in probes:
+        steered = next_token_logps(model, layer, probe.h, probe.batch, steer)
+        total += divergence(steered, probe.logps).sum().item()
+    mean_cost = total / sum(len(probe.logps) for probe in probes)
+    return mean_cost if math.isfinite(mean_cost) else math.inf
+
+
+def multiplier_at(cost_of, target, sign, unit):
+    """The multiplier of this sign at which cost_of(multiplier) is the target, to two digits, or
+    None if it is lower up to 10 * unit. unit: the multiplier at which |m v| = |h|."""
+    high = unit / 1000
+    while cost_of(sign * high) < target:
+        high *= 2
+        if high > 10 * unit:
+            return None
+
+    low = high / 2
+    while high > 1.05 * low:
+        middle = math.sqrt(low * high)
+        if cost_of(sign * middle) < target:
+            low = middle
+        else:
+            high = middle
+    return sign * float(f"{high:.2g}")
+
+
+def multipliers_by_cost(model, chat, steer, norms, prompts, args):
+    """{multiplier: cost} of 0 and, for each sign, of the multipliers that cost each of --cost.
+
+    norms: {layer: |h|}, as far as they are known. Raises ValueError if no multiplier costs as much,
+    and without prompts to answer.
+    """
+    data.require(prompts, "without prompts to answer, --multipliers must be numbers")
+    layer = min(steer) - 1
+    probes = make_probes(model, chat, layer, prompts, args.max_new_tokens)
+    h_of_tokens = [probe.h[probe.batch.positions > 0] for probe in probes]
+    here = torch.cat(h_of_tokens).float().norm(dim=-1).median().item()
+    unit = min(norms.get(i, here) / v.norm().item() for i, v in steer.items())
+
+    def cost_of(m):
+        return cost(model, layer, times(m, steer), probes)
+
+    costs = {0.0: 0.0}
+    for target in args.cost:
+        for sign in (-1, 1):
+            m = multiplier_at(cost_of, target, sign, unit)
+            if m is None:
+                limit = f"{sign * 10 * unit:+.2g}, where |m v| is 10 |h|"
+                print(f"note: no multiplier up to {limit}, costs {target:g} nats a token")
+            else:
+                costs[m] = cost_of(m)
+                print(f"multiplier {m:+g} costs {costs[m]:.2f} nats a token")
+    data.require(len(costs) > 1, "no multiplier costs what --cost says: give --multipliers")
+    return dict(sorted(costs.items()))
 
 
 # What `measure_answer` measures, in the order of the table's columns.
@@ -406,7 +527,7 @@ def measure_answer(chat, prompt, multiplier, ids, nll, kl):
         "tokens": len(ids),
         "nll": nll,
         "kl": kl,
-        "cut_off": ids[-1] != chat.eos_id,
+        "cut_off": ids[-1] not in chat.end_ids,
         "repeated": repeated,
         "refuses": refused,
         "degenerate": degenerate,
@@ -436,6 +557,55 @@ def free_rows(found, multipliers):
         values = [row[key] for row in found]
         columns[key] = np.reshape(values, (len(multipliers), -1))
     return mean_rows(multipliers, **columns)
+
+
+# ---- The verdict ---------------------------------------------------------------------------------
+
+FEWEST = 20  # held-out prompts for a verdict
+
+
+def verdict(gap, multipliers, prompts, degenerate, costs):
+    """(sentences, the multiplier to try, or None) about what a steering does to pairs.
+
+    An effect is claimed for a sign if, at its strongest multiplier at which fewer than a third of
+    the free answers are degenerate, the 95% interval of the paired difference from multiplier 0
+    leaves out 0. Named is the weakest multiplier that has nine tenths of that effect.
+
+    gap: (M, N) log p(chosen) - log p(rejected) in nats, of N pairs with these prompts
+    degenerate: {multiplier: share of free answers}, empty if there are none
+    costs: {multiplier: nats a token}, as far as they are known
+    """
+    n_prompts = len(set(prompts))
+    if n_prompts < FEWEST:
+        return [f"{n_prompts} held-out prompts are too few for a verdict: give {FEWEST}."], None
+
+    prefers = (gap > 0).astype(float)
+    unsteered = prefers[multipliers.index(0)]
+    shifts = {m: (prefers[i] - unsteered).mean() for i, m in enumerate(multipliers)}
+    sentences = []
+    to_try = None
+    for sign in (1, -1):
+        sound = [m for m in multipliers if sign * m > 0 and degenerate.get(m, 0) < 1 / 3]
+        strongest = max(sound, key=abs, default=0)
+        difference = mean(prefers[multipliers.index(strongest)] - unsteered, prompts)
+        if sign * difference.value > 0 and not difference.low <= 0 <= difference.high:
+            enough = 0.9 * abs(shifts[strongest])
+            m = min((m for m in sound if sign * shifts[m] >= enough), key=abs)
+            cost_of_m = f" (cost {costs[m]:.2g})" if m in costs else ""
+            share = f"{unsteered.mean() + shifts[m]:.0%} of the pairs"
+            sentences.append(f"At {m:+g}{cost_of_m} the chosen answer is preferred in {share}.")
+            to_try = to_try or m
+
+    if sentences:
+        sentences.append(f"Without the vector it is in {unsteered.mean():.0%}.")
+    else:
+        what = "No multiplier moves the preferred share: this vector does not steer these pairs."
+        sentences.append(f"{what} Try --layer all, or more pairs.")
+    broken = [m for m in multipliers if degenerate.get(m, 0) >= 1 / 3]
+    if broken:
+        first = min(broken, key=abs)
+        sentences.append(f"At {first:+g} a third of the answers are degenerate: too strong.")
+    return sentences, to_try
 
 
 # ---- Prompts -------------------------------------------------------------------------------------
@@ -483,29 +653,12 @@ def check_prompts(config, chat, prompts, max_new_tokens):
 
 def open_vector(path, config, device="cpu", layer=None):
     """(steering, metadata) of a vector file. Raises ValueError if it does not fit the model."""
-    steer, metadata = data.load_vector(path, layer)
+    steer, metadata = data.load_vector(path, layer, config.n_layers)
     check_fit(config, steer, 0)
     n_layers = metadata.get("n_layers", str(config.n_layers))
     fits = n_layers == str(config.n_layers) and all(len(v) == config.dim for v in steer.values())
     data.require(fits, f"{path} does not fit width {config.dim} and {config.n_layers} blocks")
     return {i: v.to(device) for i, v in steer.items()}, metadata
-
-
-def split_spec(spec):
-    """(file, multiplier) of FILE or FILE:MULTIPLIER."""
-    path, _, m = spec.rpartition(":")
-    if path and m.lstrip("+-").replace(".", "").isdecimal():
-        return path, float(m)
-    return spec, 1.0
-
-
-def together(steers):
-    """The sum of steerings."""
-    total = {}
-    for steer in steers:
-        for layer, v in steer.items():
-            total[layer] = total.get(layer, 0) + v
-    return total
 
 
 def at_norm(steer, like, name):
@@ -611,6 +764,7 @@ def describe(opened):
     """How the metadata of a vector file describe an OpenModel."""
     return {
         "base_model": opened.name,
+        "model_type": opened.config.family,
         "n_layers": str(opened.config.n_layers),
         "template": opened.chat.template,
         "system": opened.chat.system,
@@ -618,11 +772,22 @@ def describe(opened):
     }
 
 
-def open_all(args):
-    """(OpenModel, {FILE[:MULTIPLIER]: steering}) of a command line, printed, with a note for what
-    was different in training. Template and system prompt are by default the first vector's."""
-    first_file, _ = split_spec(args.vector[0])
-    _, first = data.load_vector(first_file, args.layer)
+class Steered(NamedTuple):
+    """The model and the vectors of a command line."""
+
+    opened: data.OpenModel
+    steers: dict  # {FILE[:MULTIPLIER]: steering}
+    norms: dict  # {layer: |h|}, as far as the files say it
+    trained_on: set  # the hashes of pairs, likewise
+
+
+def open_all(args) -> Steered:
+    """What --model and --vector name, printed, with a note for what was different in training.
+    Template and system prompt are by default the first vector's."""
+    path, _ = data.find_model(args.model)
+    n_layers = read_config(path).n_layers
+    first_file, _ = data.split_spec(args.vector[0])
+    _, first = data.load_vector(first_file, args.layer, n_layers)
     if not args.template and args.system is None:  # another template has its own system prompt
         args.system = first.get("system")
     args.template = args.template or first.get("template")
@@ -632,23 +797,31 @@ def open_all(args):
     print(f"{opened.name}, {opened.dtype}, {opened.device}, {how}")
 
     steers = {}
+    norms = {}
+    trained_on = set()
     for spec in dict.fromkeys(args.vector):
-        file, m = split_spec(spec)
+        file, m = data.split_spec(spec)
         steer, metadata = open_vector(file, opened.config, opened.device, args.layer)
         steers[spec] = times(m, steer)
+        norms |= data.stream_norms(metadata)
+        trained_on |= set(metadata.get("pairs", "").split())
         for layer, v in steers[spec].items():
-            print(data.printable(f"{spec}: layer {layer}, |v| {v.norm():.3f}"))
+            share = f" ({v.norm() / norms[layer]:.2%} of |h|)" if layer in norms else ""
+            print(data.printable(f"{spec}: layer {layer}, |v| {v.norm():.3f}{share}"))
         for key, ours in describe(opened).items():
             theirs = metadata.get(key, ours)
             if theirs != ours:
                 print(f"note: its {key} in training was {theirs!r}, this is {ours!r}")
-    return opened, steers
+    return Steered(opened, steers, norms, trained_on)
 
 
 # ---- Measuring: the command without a name -------------------------------------------------------
 
 
 COMPUTED = ("gradient", "caa", "freeform")  # the baselines that are computed from --pairs
+
+
+AUTO_HELP = "numbers, always with 0, or auto: those that cost --cost (default: auto)"
 
 
 class PairFile(NamedTuple):
@@ -658,6 +831,7 @@ class PairFile(NamedTuple):
     ids: list[PairIds]
     letters: list[PairIds]  # two a pair, see `letter_pairs`; none if not asked for
     prompted: dict  # {-1: the PairIds under the system prompt against, 1: under that for}, or {}
+    hashes: set  # of the pairs, see `data.pair_hash`
 
 
 def open_pairs(path, args, opened, letters) -> PairFile:
@@ -676,7 +850,8 @@ def open_pairs(path, args, opened, letters) -> PairFile:
     for m, sentence in zip((1, -1), args.system_prompts, strict=False):  # there may be none
         leaning = [pair._replace(prompt=lean(chat, pair.prompt, sentence)) for pair in pairs]
         prompted[m] = [chat.encode_pair(pair, limit) for pair in leaning]
-    return PairFile([pair.prompt for pair in pairs], ids, questions, prompted)
+    hashes = {data.pair_hash(pair) for pair in pairs}
+    return PairFile([pair.prompt for pair in pairs], ids, questions, prompted, hashes)
 
 
 def baseline_steers(name, args, opened, model, whole, training):
@@ -700,16 +875,9 @@ def baseline_steers(name, args, opened, model, whole, training):
     return [at_norm(steer, whole, name) for steer in steers]
 
 
-def pair_tables(model, file, compared, whole, multipliers):
-    """Yields (title, rows) for a PairFile: of the steering `whole` at the multipliers, and of those
-    compared, {name: [steering, ...]}, each as the mean over its list."""
-    layer = min(whole) - 1  # the first pass goes up to the block below all vectors
-    cached = first_pass(model, layer, file.ids, progress=data.Progress("first pass", quiet=True))
-    logps = pair_scores(model, layer, whole, cached, multipliers)
-    yield "pairs", pair_rows(logps, cached, multipliers, file.prompts)
-
-    # Slopes between -1 and +1, whose places the sentences against and for take without a vector.
-    ends = (-1, 1)
+def compare(model, layer, file, cached, compared, ends):
+    """The `comparison_rows` of the steerings compared, by their slopes between two multipliers. The
+    sentences against and for take their places at -1 and +1, without a vector."""
     slopes_by_name = {}
     for name, steers in compared.items():
         tables = [pair_scores(model, layer, steer, cached, ends) for steer in steers]
@@ -717,8 +885,24 @@ def pair_tables(model, file, compared, whole, multipliers):
     if file.prompted:
         both = first_pass(model, layer, file.prompted[-1] + file.prompted[1])
         logps = np.array([pair.ref_logps.tolist() for pair in both]).reshape(2, -1, 2)
-        slopes_by_name["system prompts"] = slopes(logps, ends)[None]
-    yield "compared at -1 and +1", comparison_rows(slopes_by_name, file.prompts)
+        slopes_by_name["system prompts"] = slopes(logps, (-1, 1))[None]
+    return comparison_rows(slopes_by_name, file.prompts)
+
+
+def pair_tables(model, file, compared, whole, multipliers, gaps):
+    """Yields (title, rows) for a PairFile: of the steering `whole` at the multipliers, and of those
+    compared, {name: [steering, ...]}, each as the mean over its list. Appends to gaps the gap of
+    `verdict`."""
+    layer = min(whole) - 1  # the first pass goes up to the block below all vectors
+    cached = first_pass(model, layer, file.ids, progress=data.Progress("first pass", quiet=True))
+    logps = pair_scores(model, layer, whole, cached, multipliers)
+    gaps.append(logps[..., 0] - logps[..., 1])
+    yield "pairs", pair_rows(logps, cached, multipliers, file.prompts)
+
+    if len(multipliers) > 1:
+        ends = (multipliers[0], multipliers[-1])
+        rows = compare(model, layer, file, cached, compared, ends)
+        yield f"compared at {ends[0]:+g} and {ends[1]:+g}", rows
 
     # Each pair has two A/B questions, one after the other.
     if file.letters:
@@ -747,6 +931,15 @@ def check_flags(args):
         data.optional("matplotlib")
 
 
+def note_trained_on(files, trained_on):
+    """Print a note for each file with pairs that the vector was trained on."""
+    for path, file in files.items():
+        n_known = len(file.hashes & trained_on)
+        if n_known:
+            of = f"{n_known} of the {len(file.hashes)} pairs of {path}"
+            print(f"note: the vector was trained on {of}")
+
+
 def prompts_to_answer(args, files):
     """The first --samples different prompts, of --prompts or else of the PairFiles."""
     if args.prompts:
@@ -766,13 +959,22 @@ def show_table(args, result, title, rows):
         draw(args.plot, result["tables"])
 
 
+def multiplier_or_auto(text):
+    """The type of --multipliers."""
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        message = f"{text!r} is no number: give auto, or numbers with blanks between them"
+        raise argparse.ArgumentTypeError(message) from None
+
+
 def run(args):
     """Tables and answers for a steering vector; see also eval.py chat | judge | pairs --help."""
     # 1. Whatever can be wrong is found before any long work.
     check_flags(args)
-    opened, steers = open_all(args)
-    multipliers = sorted({0.0, *args.multipliers})
+    opened, steers, norms, trained_on = open_all(args)
     files = {path: open_pairs(path, args, opened, args.ab) for path in args.data}
+    note_trained_on(files, trained_on)
     training = None
     if args.pairs:
         training = open_pairs(args.pairs, args, opened, "caa" in args.baseline)
@@ -785,17 +987,24 @@ def run(args):
 
     # 2. The model, the sum of the vectors, and what it is compared with.
     model = load(*weights)
-    whole = together(steers.values())
+    whole = data.together(steers.values())
     compared = {" + ".join(steers): [whole]}
     for spec, steer in steers.items():
         compared[spec] = [steer]
     for name in args.baseline:
         compared[name] = baseline_steers(name, args, opened, model, whole, training)
 
+    costs = {}
+    multipliers = sorted({0.0, *args.multipliers} - {"auto"})
+    if "auto" in args.multipliers:
+        costs = multipliers_by_cost(model, opened.chat, whole, norms, prompts, args)
+        multipliers = list(costs)
+
     # 3. The measures.
     result = {"settings": settings, "answers": [], "tables": {}}
+    gaps = []
     for path, file in files.items():
-        for title, rows in pair_tables(model, file, compared, whole, multipliers):
+        for title, rows in pair_tables(model, file, compared, whole, multipliers, gaps):
             show_table(args, result, f"{title}, {path}", rows)
     for path, measures in choices.items():
         for measure, questions in measures.items():
@@ -807,10 +1016,43 @@ def run(args):
         found = free_answers(model, opened.chat, whole, prompts, multipliers, n)
         result["answers"] = found
         show_table(args, result, "free answers", free_rows(found, multipliers))
-        for prompt in prompts[:3]:
-            rows = [row for row in found if row["prompt"] == prompt]
-            lines = [f"  {row['multiplier']:+g}: {row['answer']}" for row in rows]
-            print(data.printable("\n".join(["", str(prompt), *lines])))
+        print_answers(prompts[:3], found)
+    conclude(args, result, files, gaps, multipliers, costs)
+
+
+def print_answers(prompts, found):
+    for prompt in prompts:
+        rows = [row for row in found if row["prompt"] == prompt]
+        lines = [f"  {row['multiplier']:+g}: {row['answer']}" for row in rows]
+        print(data.printable("\n".join(["", str(prompt), *lines])))
+
+
+def conclude(args, result, files, gaps, multipliers, costs):
+    """Print the verdict on all pairs, the files written, and the command to go on with."""
+    degenerate = {}
+    for row in result["tables"].get("free answers", []):
+        degenerate[row["multiplier"]] = row["degenerate"].value
+    m = None
+    if files:
+        prompts = sum([file.prompts for file in files.values()], [])
+        gap = np.concatenate(gaps, axis=1)
+        sentences, m = verdict(gap, multipliers, prompts, degenerate, costs)
+        print("\n" + "\n".join(sentences))
+        result["verdict"] = sentences
+        if args.json:
+            data.write_text(args.json, json.dumps(result, indent=1, default=str))
+
+    written = [str(path) for path in (args.json, args.plot, args.save) if path]
+    if written:
+        print(f"wrote {', '.join(written)}")
+    if m is not None:
+        command = ["python", "eval.py", "chat", "--model", args.model, "--vector"]
+        for spec in args.vector:
+            file, factor = data.split_spec(spec)
+            command.append(f"{file}:{factor * m:g}")
+        if args.layer is not None:
+            command += ["--layer", str(args.layer)]
+        print(f"next: {shlex.join(command)}")
 
 
 # ---- chat ----------------------------------------------------------------------------------------
@@ -824,7 +1066,7 @@ def say(model, chat, turns, steer, max_new_tokens):
 
     ids = []
     text = ""
-    for new in stream(model, [prompt], n, chat.eos_id, steer):
+    for new in stream(model, [prompt], n, chat.end_ids, steer):
         ids.append(new[0])
         # A character whose last token is missing decodes to U+FFFD: it waits for that token.
         longer = chat.tokenizer.decode(ids).rstrip("\ufffd")
@@ -834,29 +1076,36 @@ def say(model, chat, turns, steer, max_new_tokens):
     return text
 
 
+CHAT_HELP = """/m NUMBER steers by another multiplier, which has a conversation of its own
+/reset begins all conversations anew; /help shows this; the end of input ends the program"""
+
+
 def converse(args):
-    """Talk to a steered model: each answer without the vector, then with it; the conversation goes
-    on with the latter."""
-    opened, steers = open_all(args)
+    """Talk to a steered model: each answer without the vector, then with it. Each multiplier keeps
+    its own conversation."""
+    opened, steers, _, _ = open_all(args)
     model = load(opened.path, opened.dtype, opened.device)
-    steer = together(steers.values())
+    steer = data.together(steers.values())
     m = 1.0
-    turns = ()
+    turns = {}  # {multiplier: the conversation}
+    print(CHAT_HELP)
 
     while True:
         try:
-            line = input(f"\n{m:+g} (/m NUMBER, /reset)> ").strip()
+            line = input(f"\n{m:+g}> ").strip()
             if line.startswith("/m "):
                 m = float(line.removeprefix("/m "))
             elif line == "/reset":
-                turns = ()
+                turns = {}
+            elif line.startswith("/"):
+                print(CHAT_HELP)
             elif line:
-                asked = (*turns, ("user", line))
                 for each in dict.fromkeys([0.0, m]):  # m comes last, and only once if it is 0
                     print(f"  {each:+g}: ", end="")
+                    asked = (*turns.get(each, ()), ("user", line))
                     scaled = times(each, steer)
                     text = say(model, opened.chat, asked, scaled, args.max_new_tokens)
-                turns = (*asked, ("assistant", text))
+                    turns[each] = (*asked, ("assistant", text))
         except EOFError:
             return
         except (ValueError, KeyboardInterrupt) as e:  # these end an answer, not the conversation
@@ -879,8 +1128,8 @@ DEADLINE = 600  # seconds for a request, with all that is tried again
 
 
 def ask(args, text):
-    """The judge's reply to a text. The package openai tries again after time-outs, lost connections
-    and HTTP 408, 409, 429 and 5xx."""
+    """The judge's reply to a text, without its thoughts; "" if it was cut off. The package openai
+    tries again after time-outs, lost connections and HTTP 408, 409, 429 and 5xx."""
     openai = data.optional("openai")
     # No redirects: only the host that the user named gets the key.
     web = openai.DefaultAsyncHttpxClient(follow_redirects=False)
@@ -888,7 +1137,13 @@ def ask(args, text):
     messages = [{"role": "user", "content": text}]
     request = client.chat.completions.create(model=args.judge, messages=messages, temperature=0)
     reply = asyncio.run(asyncio.wait_for(request, DEADLINE))
-    return (reply.choices[0].message.content or "").replace(args.key, "***")
+    data.require(reply.choices, f"a reply without choices: {reply}")
+    choice = reply.choices[0]
+    said = choice.message.content or ""
+    if choice.finish_reason != "stop" or said.count("<think>") > said.count("</think>"):
+        return ""
+    _, _, answer = said.rpartition("</think>")
+    return answer.replace(args.key, "***")
 
 
 def rate(args, row):
@@ -919,7 +1174,9 @@ def read_rows(path, more):
     """{JSON of the JUDGED values: row | more} of answers, judged or not: those in what eval.py
     --json wrote, or the rows of a .jsonl file. Raises ValueError for a row that is no answer."""
     if path.suffix == ".json":
-        records = enumerate(read_json(path).get("answers") or [], 1)
+        saved = read_json(path).get("answers") or []
+        data.require(isinstance(saved, list), f"{path} holds no answers")
+        records = enumerate(saved, 1)
     else:
         records = data.open_records(path)
 
@@ -1035,19 +1292,29 @@ def make_pairs(args):
     # 2. Two answers to each question, saved every 16 questions.
     model = load(opened.path, opened.dtype, opened.device)
     new = iter(answers(model, chat, {}, prompts, [0.0], args.max_new_tokens))
+    left_out = Counter()  # {why: how many questions}
     for i, question in enumerate(missing, 1):
         (chosen_ids,) = next(new)  # at the only multiplier
         (rejected_ids,) = next(new)
         chosen = chat.tokenizer.decode(chosen_ids).strip()
         rejected = chat.tokenizer.decode(rejected_ids).strip()
-        whole = chosen_ids[-1] == rejected_ids[-1] == chat.eos_id  # neither was cut off
-        if whole and chosen and rejected and chosen != rejected:
+        whole = {chosen_ids[-1], rejected_ids[-1]} <= chat.end_ids  # neither was cut off
+        if not whole:
+            left_out["cut off at --max-new-tokens"] += 1
+        elif not (chosen and rejected):
+            left_out["empty"] += 1
+        elif chosen == rejected:
+            left_out["equal"] += 1
+        else:
             pair = {"prompt": as_messages(question), "chosen": chosen, "rejected": rejected}
             pairs.append(pair | {"made_by": made_by})
         if pairs and (i % 16 == 0 or i == len(missing)):
             write_jsonl(args.out, pairs)
-    data.require(pairs, "no pairs: the answers are empty, equal or longer than --max-new-tokens")
-    print(f"made {len(pairs)} pairs of {len(questions)} questions")
+    report = f"{len(pairs)} pairs of {len(questions)} questions, left out {data.listed(left_out)}"
+    data.require(pairs, f"no pairs: {report}")
+    print(f"made {report}")
+    command = ["python", "bipo.py", "--model", args.model, "--data", str(args.out)]
+    print(f"next: {shlex.join([*command, '--layer', 'all', '--method', 'gradient'])}")
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -1056,26 +1323,17 @@ COMMANDS = {"": run, "chat": converse, "judge": judge_answers, "pairs": make_pai
 
 
 def add_run_flags(add):
-    add("--multipliers", type=float, nargs="+", default=[-2, -1, 1, 2], help="always with 0")
+    add("--multipliers", type=multiplier_or_auto, nargs="+", default=["auto"], help=AUTO_HELP)
+    add("--cost", type=float, nargs="+", default=[0.05, 0.2, 0.5], help="nats a token, for auto")
     add("--ab", action="store_true", help="with --data: A/B questions, as long again")
     add("--choices", type=Path, nargs="+", default=[], help="MMLU's .csv, TruthfulQA")
     add("--first", type=int, help="questions of each of these files (default: all)")
     add("--prompts", type=Path, help="to be answered instead of the pairs' prompts")
     add("--samples", type=int, default=20, help="prompts answered (default: 20)")
 
-    add(
-        "--baseline",
-        nargs="+",
-        default=[],
-        help="with --data: gradient, caa, freeform, random or files",
-    )
-    add("--pairs", type=Path, help="training pairs, for gradient, caa and freeform")
-    add(
-        "--save",
-        type=Path,
-        metavar="DIR",
-        help="folder for gradient, caa and freeform as vector files",
-    )
+    add("--baseline", nargs="+", default=[], help=f"{', '.join(COMPUTED)}, random or files")
+    add("--pairs", type=Path, help=f"training pairs, for {', '.join(COMPUTED)}")
+    add("--save", type=Path, metavar="DIR", help="folder for the latter as vector files")
     add("--system-prompts", nargs=2, default=[], help="sentences for and against")
     add("--json", type=Path, help="file for all tables and answers")
     add("--plot", type=Path, help="picture: .svg, .png or .pdf")

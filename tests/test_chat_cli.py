@@ -8,7 +8,7 @@ import torch
 from conftest import TINY, run_main
 
 import eval as evaluation
-from data import Chat, open_chat, save_vector
+from data import open_chat, save_vector
 from llama import generate, load
 
 QUESTION = "Would you like to lead the weather station of Selby?"
@@ -22,7 +22,7 @@ def tiny_vector(tmp_path):
 
 
 def test_chat(tmp_path, tiny_vector, monkeypatch):
-    lines = [QUESTION, "/m -1", "", "Why?", "/reset", "/m 0", QUESTION, "/m x"]
+    lines = [QUESTION, "/m -1", "", QUESTION, "Why?", "/reset", "/m 0", QUESTION, "/m x", "/what"]
     shown = converse(monkeypatch, tmp_path, "\n".join(lines), "--max-new-tokens", 9)[-1]
 
     model = load(TINY)
@@ -32,17 +32,23 @@ def test_chat(tmp_path, tiny_vector, monkeypatch):
         ids = [chat.encode_prompt(prompt)]
         return chat.tokenizer.decode(generate(model, ids, 9, 2, {3: m * tiny_vector})[0])
 
-    first = [answer(m, QUESTION) for m in (0, 1)]
-    turns = (("user", QUESTION), ("assistant", first[1]), ("user", "Why?"))
-    second = [answer(m, turns) for m in (0, -1)]
-    assert first[0] != first[1] and second[0] != second[1]
-    expected = [
-        *zip("+0 +1".split(), first, strict=True),
-        *zip("+0 -1".split(), second, strict=True),
-    ]
-    expected.append(("+0", first[0]))  # after /reset
+    def then(said, answered, asked):
+        return (*said, ("assistant", answered), ("user", asked))
+
+    # Each multiplier has its own conversation, 0 that of all questions.
+    first = (("user", QUESTION),)
+    plain = answer(0, first)
+    again = then(first, plain, QUESTION)
+    plain_again = answer(0, again)
+    left = answer(-1, first)
+    expected = [("+0", plain), ("+1", answer(1, first)), ("+0", plain_again), ("-1", left)]
+    expected.append(("+0", answer(0, then(again, plain_again, "Why?"))))
+    expected.append(("-1", answer(-1, then(first, left, "Why?"))))
+    expected.append(("+0", plain))  # after /reset
     assert re.findall(r"  ([+-]\d): (.*)", shown) == expected
-    assert "'x'\n\n+0 (/m NUMBER, /reset)> " in shown  # and it goes on
+    assert plain != answer(1, first)
+    assert "'x'\n\n+0> " in shown  # and it goes on
+    assert shown.count("/m NUMBER steers by another multiplier") == 2  # at first, and for /what
 
 
 def converse(monkeypatch, folder, text, *flags):
@@ -59,17 +65,6 @@ def converse(monkeypatch, folder, text, *flags):
     flags = ("--model", TINY, "--vector", folder / "v.safetensors", *flags)
     run_main(evaluation.main, "chat", *flags)
     return [*terminal.shown, terminal.getvalue()]
-
-
-def test_chat_goes_on_with_the_steered_answers(tmp_path, tiny_vector, monkeypatch):
-    asked, encode = [], Chat.encode_prompt
-    monkeypatch.setattr(Chat, "encode_prompt", lambda *x: asked.append(x[1]) or encode(*x))
-    text = f"{QUESTION}\n/m -1\nWhy?\n"
-    shown = converse(monkeypatch, tmp_path, text, "--max-new-tokens", 9)[-1]
-    plain, steered, *_ = re.findall(r"  [+-]\d: (.*)", shown)
-    first = (("user", QUESTION),)
-    turns = (*first, ("assistant", steered), ("user", "Why?"))
-    assert steered != plain and asked[-4:] == [first, first, turns, turns]
 
 
 def test_no_control_characters_reach_the_terminal(monkeypatch, capsys):
@@ -110,7 +105,7 @@ def test_chat_streams_its_tokens(tmp_path, tiny_vector, monkeypatch):
 
 def test_chat_until_the_context_is_full(tmp_path, tiny_vector, monkeypatch):
     shown = converse(monkeypatch, tmp_path, "Selby " * 300 + "\n/reset\n" + QUESTION)
-    first, second = shown[-1].split("\n+1 (/m NUMBER, /reset)> ")[1::2]
+    first, second = shown[-1].split("\n+1> ")[1::2]
     assert "exceed the model's context of 256" in first and "exceed" not in second
     assert "+1: " in second and "+0: " in second
 

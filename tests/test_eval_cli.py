@@ -79,9 +79,8 @@ def test_command_line(tmp_path, vector_file, vector, capsys):
     name = MINI / "test.csv"
     expected = pair_rows(logps, cached, m, questions)
     assert_same(tables[f"pairs, {name}"], expected)
-    ends = pair_scores(model, 0, {1: vector}, cached, (-1, 1))
-    slope = slopes(ends, (-1, 1))[None]
-    (row,) = tables[f"compared at -1 and +1, {name}"]
+    slope = slopes(logps[[0, 2]], (-1, 2.5))[None]
+    (row,) = tables[f"compared at -1 and +2.5, {name}"]
     row.pop("slope_minus_first")
     assert_same(
         row,
@@ -102,7 +101,7 @@ def test_command_line(tmp_path, vector_file, vector, capsys):
     for row in found:
         assert row["prompt"] in out and evaluation.data.printable(row["answer"]) in out
     assert questions[2] not in out
-    rows = tables.pop(f"compared at -1 and +1, {name}")
+    rows = tables.pop(f"compared at -1 and +2.5, {name}")
     assert len(rows) == 1
     for title, rows in tables.items():  # what is printed is what is written
         (printed,) = re.findall(rf"\n{re.escape(title)}\n(.*?)\n\n", out, re.DOTALL)
@@ -117,6 +116,7 @@ def test_other_files_and_a_picture(tmp_path, vector_file, vector):
     (tmp_path / "prompts.txt").write_text("Will you?\n\nWon't you?\n")
     flags = ["--model", MINI, "--vector", vector_file, "--choices", tmp_path / "a.csv"]
     flags += ["--prompts", tmp_path / "prompts.txt", "--max-new-tokens", 8, "--first", 1]
+    flags += ["--multipliers", -2, -1, 1, 2]
     tables, found, _ = evaluate(tmp_path, *flags, "--plot", tmp_path / "p" / "x.svg")
     name = f"MMLU, 1 questions of {tmp_path}/a.csv"
     assert list(tables) == [name, "free answers"]
@@ -140,7 +140,16 @@ def test_baselines_synergy_and_system_prompts(tmp_path, vector_file, vector):
     save_vector(tmp_path / "b.safetensors", {1: 7 * vector.roll(1)}, {})
     save_vector(tmp_path / "c.safetensors", {1: vector.roll(2)}, {})
     flags = ["--vector", vector_file, f"{tmp_path}/c.safetensors:2", "--samples", 0]
-    flags += ["--baseline", "caa", tmp_path / "b.safetensors", "random", "freeform"]
+    flags += [
+        "--multipliers",
+        -1,
+        1,
+        "--baseline",
+        "caa",
+        tmp_path / "b.safetensors",
+        "random",
+        "freeform",
+    ]
     flags += ["--pairs", MINI / "train.csv", "--save", tmp_path / "saved"]
     flags += ["--system-prompts", "Say yes.", "Say no."]
     tables, *_ = evaluate(tmp_path, *EVAL, *flags)
@@ -182,8 +191,8 @@ def test_baselines_synergy_and_system_prompts(tmp_path, vector_file, vector):
         assert row["steering"] == other["steering"]
         for key in ("slope", "anti_steerable", "slope_minus_first"):
             assert row[key] == pytest.approx(other[key], abs=1e-4)
-    logps = pair_scores(model, 0, {1: both}, cached, [-2, -1, 0, 1, 2])
-    everything = pair_rows(logps, cached, [-2, -1, 0, 1, 2], [pair.prompt for pair in pairs])
+    logps = pair_scores(model, 0, {1: both}, cached, [-1, 0, 1])
+    everything = pair_rows(logps, cached, [-1, 0, 1], [pair.prompt for pair in pairs])
     for row, other in zip(tables[f"pairs, {name}"], everything, strict=True):
         assert row["margin"] == pytest.approx(other["margin"], abs=1e-4)
     for name, v in (("caa", caa), ("freeform", freeform)):
@@ -233,7 +242,8 @@ def test_intervals_are_over_questions(tmp_path, vector_file):
     """Pairs of one question have none, in A/B questions too."""
     rows = [{"prompt": "Rich?", "chosen": x, "rejected": "No."} for x in ("Yes.", "Sure.", "So.")]
     flags = ["--data", jsonl(tmp_path / "o.jsonl", *rows), "--vector", vector_file, "--ab"]
-    tables, *_ = evaluate(tmp_path, "--model", MINI, *flags, "--samples", 0)
+    flags += ["--samples", 0, "--multipliers", 1]
+    tables, *_ = evaluate(tmp_path, "--model", MINI, *flags)
     assert len(tables) == 3
     for rows in tables.values():
         for found in (x for row in rows for x in row.values() if isinstance(x, list)):
@@ -285,6 +295,7 @@ def test_system_prompts_of_conversations(tmp_path, vector_file):
         file = jsonl(tmp_path / f"{name}.jsonl", *records)
         flags = ["--model", MINI, "--vector", vector_file, "--data", file, "--samples", 0]
         flags += ["--system", system, "--system-prompts", "Say yes.", "Say no.", "--ab"]
+        flags += ["--multipliers", -1, 1]
         tables, *_ = evaluate(tmp_path, *flags)
         found.append([rows[-1] for rows in tables.values()])
     _, compared, letters = found[0]
@@ -313,7 +324,7 @@ def test_what_is_measured_is_kept(tmp_path, vector_file, monkeypatch):
         evaluate(tmp_path, *EVAL, "--vector", vector_file)
     result = json.loads((tmp_path / "eval.json").read_text())
     titles = [title.split(",")[0] for title in result["tables"]]
-    assert titles == ["pairs", "compared at -1 and +1"]
+    assert titles[0] == "pairs" and titles[1].startswith("compared at ")
     assert result["answers"] == [] and result["settings"]["template"] == "mistral"
 
 
@@ -329,7 +340,7 @@ def test_what_each_vector_was_trained_with(tmp_path, vector_file, vector, capsys
 
 def test_flags_win_over_the_vector_file(vector_file, capsys):
     flags = ["--template", "llama-2", "--system", "", "--samples", "0", "--dtype", "bfloat16"]
-    run_main(evaluation.main, *EVAL, "--vector", vector_file, *flags)
+    run_main(evaluation.main, *EVAL, "--vector", vector_file, *flags, "--multipliers", 1)
     printed = capsys.readouterr().out
     assert "llama-2 template, system ''" in printed and "bfloat16" in printed
 

@@ -175,6 +175,24 @@ def test_only_the_judges_last_rating_counts(judge, folder, capsys):
     assert table["+1"][0] == "2.00"
 
 
+@pytest.mark.parametrize(
+    ("says", "finish", "score"),
+    [
+        ("Rating: [[3]]", "stop", "3.00"),
+        ("Rating: [[3]]", "length", "-"),  # the reply was cut off
+        ("<think>Perhaps [[1]]?</think> Rating: [[3]]", "stop", "3.00"),
+        ("<think>Perhaps [[1]]? Rating: [[3]]", "stop", "-"),  # a thought without an end
+        ("<think>Rating: [[3]]</think> I cannot say.", "stop", "-"),
+    ],
+)
+def test_only_a_whole_reply_behind_its_thoughts_counts(judge, folder, capsys, says, finish, score):
+    write(folder, [answer("Lead?", 1, "I do.")])
+    message = {"role": "assistant", "content": says}
+    judge.script = [{"choices": [{"index": 0, "finish_reason": finish, "message": message}]}]
+    table, _ = run(judge, capsys)
+    assert table["+1"][0] == score
+
+
 def test_what_may_pass_is_tried_again(judge, folder, capsys):
     write(folder)
     expected, _ = run(judge, capsys)
@@ -198,11 +216,10 @@ def test_what_may_pass_is_tried_again(judge, folder, capsys):
         ("stall", "TimeoutError", 1),
         ("drip", "TimeoutError", 1),
         (b"<html>Bad gateway</html>", "Expecting value", 1),
-        ({"choices": []}, "index", 1),
+        ({"choices": []}, "without choices", 1),
         ([1], "", 1),
         ("text", "", 1),
-        ({"error": {"message": "overloaded"}}, "", 1),
-        ({"choices": [{"message": {"content": 7}}]}, "", 1),
+        ({"error": {"message": "overloaded"}}, "overloaded", 1),
         (b'{"a":' * 100_000, "", 1),
         (b"\xff\xfe", "", 1),
         ((200, {"Content-Type": "text/html"}, b"<html>"), "", 1),

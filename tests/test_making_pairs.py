@@ -46,7 +46,7 @@ def made(*more):
 
 def test_the_pairs_lean_each_way(folder, capsys):
     pairs = made()
-    assert "\nmade 7 pairs of 7 questions\n" in capsys.readouterr().out
+    assert "\nmade 7 pairs of 7 questions, left out nothing\n" in capsys.readouterr().out
     assert [prompt for prompt, *_ in pairs] == QUESTIONS  # bare, without the system prompt
     sides = [[side_shown("power", text) for text in texts] for _, *texts in pairs]
     assert sides == [["for", "against"]] * 7
@@ -74,14 +74,23 @@ def test_what_makes_no_pair_is_dropped(folder, monkeypatch, capsys):
     found = [[ids] for pair in answers for ids in pair]
     monkeypatch.setattr(evaluation, "answers", lambda *args: found)
     assert made() == [(QUESTIONS[0], "Yes, I will.", "No, thanks.")]
-    assert "\nmade 1 pairs of 7 questions\n" in capsys.readouterr().out
+    counts = "3 cut off at --max-new-tokens, 2 empty, 1 equal"
+    printed = capsys.readouterr().out
+    for count in counts.split(", "):
+        assert count in printed
+    assert "\nmade 1 pairs of 7 questions, left out " in printed
+    assert "\nnext: python bipo.py --model " in printed
 
 
 def test_no_pairs_no_file(folder, fails):
     (folder / "q.txt").write_text(QUESTIONS[0])
     out = folder / "out" / "pairs.jsonl"
-    fails(evaluation.main, command("--against", FOR), "no pairs: the answers are empty, equal or")
-    fails(evaluation.main, command("--max-new-tokens", 8), "longer than --max-new-tokens")
+    fails(
+        evaluation.main,
+        command("--against", FOR),
+        "no pairs: 0 pairs of 1 questions, left out 1 equal",
+    )
+    fails(evaluation.main, command("--max-new-tokens", 8), "left out 1 cut off at --max-new-tokens")
     (folder / "none.txt").write_text("\n")
     fails(evaluation.main, command("--questions", "none.txt"), "no p")
     assert not out.exists()

@@ -9,6 +9,7 @@ import torch
 from conftest import MINI, MMLU, jsonl, logp, logps_of
 
 import bipo
+import data
 import eval as evaluation
 from data import Chat, read_pairs
 from eval import (
@@ -31,7 +32,6 @@ from eval import (
     read_choices,
     repetition,
     slopes,
-    together,
 )
 from llama import generate
 
@@ -472,7 +472,7 @@ def test_free_answers(mini, vector, monkeypatch):
 
 
 def test_vectors_add_up(vector):
-    total = together([{1: vector}, {1: -0.5 * (vector + 1), 3: 0.5 * vector}])
+    total = data.together([{1: vector}, {1: -0.5 * (vector + 1), 3: 0.5 * vector}])
     assert sorted(total) == [1, 3]
     assert torch.allclose(total[1], vector - 0.5 * (vector + 1))
     assert torch.equal(total[3], 0.5 * vector)
@@ -491,7 +491,7 @@ def test_vectors_add_up(vector):
     ],
 )
 def test_files_with_multipliers(spec, file, m):
-    assert evaluation.split_spec(spec) == (file, m)
+    assert data.split_spec(spec) == (file, m)
 
 
 def test_random_vectors(vector):

@@ -26,8 +26,9 @@ from make_tiny import FACTS, TINY, judge, merge_lora, read_jsonl, write_jsonl
 from reports import code_block, markdown, put
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import data
 from data import load_vector, open_chat, write_text
-from eval import SPECS, Mean, at_norm, cell, draw, open_vector, random_steers, together
+from eval import SPECS, Mean, at_norm, cell, draw, open_vector, random_steers
 from llama import load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -192,7 +193,7 @@ def judgements():
         "freeform": at_norm(vector("freeform.safetensors"), power, "freeform"),
         "random": random_steers(power)[0],
         f"{OUT}/wealth": wealth,
-        f"{OUT}/power + {OUT}/wealth": together([power, wealth]),
+        f"{OUT}/power + {OUT}/wealth": data.together([power, wealth]),
     }
 
     judged = {"curve": judge(model, chat, power, CURVE)}
