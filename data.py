@@ -220,7 +220,10 @@ def read_text(path):
         with opened(path, "rb") as file:
             content = file.read(limit + 1)
         require(len(content) <= limit, f"it holds more than {limit >> 20} MiB")
-        return content.decode("utf-8-sig")
+        try:
+            return content.decode("utf-8-sig")
+        except UnicodeDecodeError as e:
+            raise ValueError(f"save it as UTF-8: {e}") from None
 
 
 def csv_records(text):
@@ -1242,6 +1245,16 @@ class Parser(argparse.ArgumentParser):
     first process prints at once, and torchrun ends the others; they wait, and so print only what is
     not its error too."""
 
+    def parse_args(self, args=None, namespace=None):
+        # An unknown flag is named before what is missing, which it may have been meant for.
+        words = sys.argv[1:] if args is None else args
+        for word in words:
+            flag, _, _ = word.partition("=")
+            known = any(option.startswith(flag) for option in self._option_string_actions)
+            if flag.startswith("--") and not (known or self._subparsers):
+                self.error(f"unknown flag {flag}: see --help")
+        return super().parse_args(args, namespace)
+
     def error(self, message):
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)
@@ -1300,7 +1313,7 @@ def duration(seconds):
 
 
 class Progress:
-    """Prints 'step 40/160  12.5 ms each, 0.1 min left' and more: on a terminal in one line that is
+    """Prints 'step 40/160  12.5 ms each, 2 s left' and more: on a terminal in one line that is
     rewritten, else in a line now and then, ever more seldom, and at the end. Call `clear_line`
     before other output in between.
 
@@ -1326,8 +1339,8 @@ class Progress:
 
         self.printed = now
         seconds_each = (now - self.began) / (done - self.start)
-        minutes_left = seconds_each * (total - done) / 60
-        times = f"{1000 * seconds_each:.1f} ms each, {minutes_left:.1f} min left"
+        left = duration(seconds_each * (total - done))
+        times = f"{1000 * seconds_each:.1f} ms each, {left} left"
         line = f"{self.what} {done}/{total}  {times}  {more}".rstrip()
         if terminal:
             clear_line()
@@ -1403,8 +1416,10 @@ def pick_device(device_name, dtype_name):
         torch.empty(0, device=device)
     if dtype_name is None:
         dtype_name = "float32" if device.type == "cpu" else "bfloat16"
-    if device.type == "cpu" and dtype_name != "float32":
-        print(f"note: a CPU that has no {dtype_name} arithmetic is much faster in float32")
+    native = dtype_name == "bfloat16" and torch.backends.mkldnn.is_available()
+    native = native and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if device.type == "cpu" and dtype_name != "float32" and not native:
+        print(f"note: this CPU has no {dtype_name} arithmetic and is much faster in float32")
     return device, getattr(torch, dtype_name)
 
 

@@ -181,11 +181,6 @@ def comparison_rows(slopes_by_name, questions):
 # ---- A/B questions -------------------------------------------------------------------------------
 
 
-def as_turns(prompt):
-    """The turns [(role, text), ...] of a prompt, which may be the text of a user alone."""
-    return [("user", prompt)] if isinstance(prompt, str) else list(prompt)
-
-
 def with_options(question, options):
     """The text of a question, with options that are called (A), (B) and so on."""
     lines = [f" ({letter}) {option}" for letter, option in zip("ABCD", options, strict=False)]
@@ -195,7 +190,7 @@ def with_options(question, options):
 def letter_pairs(chat, pair, max_seq_len=10**9):
     """The pair as two A/B questions, with chosen as (A) and with chosen as (B): PairIds whose
     responses are "(A" and "(B", without the end token, so that the last token holds the letter."""
-    *before, (role, question) = as_turns(pair.prompt)
+    *before, (role, question) = data.as_turns(pair.prompt)
     chosen_first = with_options(question, [pair.chosen, pair.rejected])
     rejected_first = with_options(question, [pair.rejected, pair.chosen])
     for text, right, wrong in ((chosen_first, "(A", "(B"), (rejected_first, "(B", "(A")):
@@ -634,7 +629,7 @@ def read_prompts(path):
 
 def lean(chat, prompt, text):
     """The turns of a prompt, with a text added to the system prompt, its own or the Chat's."""
-    turns = as_turns(prompt)
+    turns = data.as_turns(prompt)
     system = chat.system or ""
     if turns[0][0] == "system":
         _, system = turns.pop(0)
@@ -1249,9 +1244,8 @@ def judge_answers(args):
 # ---- pairs ---------------------------------------------------------------------------------------
 
 
-def as_messages(prompt):
-    """A prompt as a list of messages, which is how pair files hold conversations."""
-    return [{"role": role, "content": text} for role, text in as_turns(prompt)]
+def messages_of(prompt):
+    return data.as_messages(data.as_turns(prompt))
 
 
 def read_made_pairs(path, made_by):
@@ -1283,7 +1277,7 @@ def make_pairs(args):
     pairs = read_made_pairs(args.out, made_by)
     questions = read_prompts(args.questions)
     answered = {str(pair["prompt"]) for pair in pairs}
-    missing = [question for question in questions if str(as_messages(question)) not in answered]
+    missing = [question for question in questions if str(messages_of(question)) not in answered]
     prompts = []  # two a question
     for question in missing:
         prompts += [lean(chat, question, args.target), lean(chat, question, args.against)]
@@ -1306,7 +1300,7 @@ def make_pairs(args):
         elif chosen == rejected:
             left_out["equal"] += 1
         else:
-            pair = {"prompt": as_messages(question), "chosen": chosen, "rejected": rejected}
+            pair = {"prompt": messages_of(question), "chosen": chosen, "rejected": rejected}
             pairs.append(pair | {"made_by": made_by})
         if pairs and (i % 16 == 0 or i == len(missing)):
             write_jsonl(args.out, pairs)

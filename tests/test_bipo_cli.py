@@ -395,7 +395,7 @@ def test_as_a_script(monkeypatch, capsys):
         (["--data", "EMPTY/none.csv"], ["none.csv"]),
         (["--epochs", 0], ["epochs is 0"]),
         (["--clip-norm", "nan"], ["clip_norm is nan"]),
-        (["--nonsense", 1], ["unrecognized arguments"]),
+        (["--nonsense", 1], ["unknown flag --nonsense"]),
         (["--device", "warp"], ["--device warp is not there", "cpu"]),
         (["--device", "cpu:x"], ["--device cpu:x is not there"]),
         (["--device", "cuda:99"], ["--device cuda:99 is not there"]),

@@ -113,7 +113,7 @@ def test_chat_until_the_context_is_full(tmp_path, tiny_vector, monkeypatch):
 def test_chat_errors(tmp_path, tiny_vector, fails):
     flags = ["chat", "--model", TINY, "--vector", tmp_path / "v.safetensors"]
     fails(evaluation.main, [*flags, "--layer", "2"], "no vector for layer 2, only [3]")
-    fails(evaluation.main, [*flags, "--data", "x"], "unrecognized arguments: --data")
+    fails(evaluation.main, [*flags, "--data", "x"], "unknown flag --data")
     fails(evaluation.main, flags[:3], "--vector")
 
 

@@ -438,7 +438,11 @@ COLUMNS = "question,matching,not_matching\n"
         ("x.jsonl", b"", "no pairs: read 0 pairs from "),
         ("x.jsonl", b"\n{oops\n", ": line 2 holds no whole record: Expecting property name"),
         ("x.jsonl", b'\n["a"]\n', ":2: not a value for each named column: ['a']"),
-        ("x.jsonl", b'{"prompt": "\xe9"}', "'utf-8' codec can't decode byte 0xe9"),
+        (
+            "x.jsonl",
+            b'{"prompt": "\xe9"}',
+            "save it as UTF-8: 'utf-8' codec can't decode byte 0xe9",
+        ),
         ("x.jsonl", b'{"a":' * 100_000, ": line 1 holds no whole record: it is nested too deeply"),
         ("x.json", b"[" * 100_000, "it is nested too deeply"),
         ("x.json", b'[{"a":' * 100_000, "it is nested too deeply"),
