@@ -156,6 +156,7 @@ def with_engines(place):
     return place
 
 
+@pytest.mark.slow
 def test_both_engines_are_asked_and_compared(with_engines, capsys):
     engines.main([])
     printed = capsys.readouterr().out
@@ -275,6 +276,7 @@ def test_each_library_has_its_lines_and_its_answers_equal_ours():
         assert rows == ["-2", "+0", "+2"]
 
 
+@pytest.mark.slow
 def test_a_library_runs_its_lines_between_ours(place, monkeypatch):
     """With transformers' hook in place of a library."""
     steered = "def add(block, args, out):\n    return out + m * v\n\n"
