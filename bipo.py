@@ -560,7 +560,7 @@ def check_out(out, args):
     replaced."""
     for name in (VECTOR, STATE, LOG, HELD_OUT_PAIRS):
         data.check_output(out / name)
-    holds_run = (out / VECTOR).exists() or (out / STATE).exists()
+    holds_run = (out / VECTOR).exists() or (out / STATE).exists() or any(out.glob("epoch_*"))
     if holds_run and not (args.resume or args.overwrite):
         raise ValueError(f"--out {out} holds a run: name another folder, --resume or --overwrite")
 

@@ -1101,7 +1101,7 @@ def converse(args):
                     scaled = times(each, steer)
                     text = say(model, opened.chat, asked, scaled, args.max_new_tokens)
                     turns[each] = (*asked, ("assistant", text))
-        except EOFError:
+        except (EOFError, RuntimeError):  # the input ended, or was closed from the beginning
             return
         except (ValueError, KeyboardInterrupt) as e:  # these end an answer, not the conversation
             print(data.printable(str(e) or "stopped"))
@@ -1254,7 +1254,9 @@ def read_made_pairs(path, made_by):
     if not path.exists():
         return []
     records = [record for _, record in data.open_records(path)]
-    same = all(isinstance(x, dict) and x.get("made_by") == made_by for x in records)
+    same = all(
+        isinstance(x, dict) and "prompt" in x and x.get("made_by") == made_by for x in records
+    )
     data.require(same, f"--out {path} holds other than pairs of these settings: name another")
     return records
 

@@ -1,10 +1,12 @@
 """bipo.py as a user runs it: what it writes and prints, and how it refuses."""
 
 import argparse
+import fcntl
 import gzip
 import io
 import json
 import math
+import os
 import re
 import runpy
 import shlex
@@ -515,3 +517,31 @@ def test_a_wrong_template_is_one_line(tmp_path, fails):
         fails(bipo.main, (*args, "--template", name), "no template", "llama-2, mistral, vicuna")
     fails(bipo.main, (*args, "--template", tmp_path / "no.jinja"), "cannot read", "no.jinja")
     assert not (tmp_path / "x").exists()
+
+
+def test_a_folder_in_use_is_refused_at_once(tmp_path, fails):
+    """As when a launcher starts the same command twice. The lock ends with its process."""
+    args = [*MINI_SETS, "--layer", 1, "--epochs", 1, "--out", tmp_path]
+    folder = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        fails(bipo.main, args, "is in use by another process", "name another folder")
+        assert names_in(tmp_path) == []
+    finally:
+        os.close(folder)
+    run_main(bipo.main, *args)
+    assert "vector.safetensors" in names_in(tmp_path)
+
+
+def test_a_rank_without_a_number_of_processes_is_one_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    run_main(bipo.main, *MINI_SETS, "--layer", 1, "--epochs", 1, "--out", tmp_path)
+    assert "vector.safetensors" in names_in(tmp_path)
+
+
+def test_a_link_in_the_place_of_an_epoch_is_no_new_folder(tmp_path, fails):
+    (tmp_path / "epoch_01.safetensors").symlink_to(tmp_path / "elsewhere")
+    args = [*MINI_SETS, "--layer", 1, "--epochs", 1, "--out", tmp_path]
+    fails(bipo.main, args, "holds a run", "--overwrite")
+    assert names_in(tmp_path) == ["epoch_01.safetensors"]

@@ -129,3 +129,8 @@ def test_ctrl_c_stops_an_answer_and_no_more(tmp_path, tiny_vector, monkeypatch):
     monkeypatch.setattr(evaluation, "say", stopped)
     shown = converse(monkeypatch, tmp_path, f"{QUESTION}\n{QUESTION}\n", "--max-new-tokens", 4)[-1]
     assert "stopped" in shown and [len(turns) for _, _, turns, *_ in calls] == [1, 1, 1]
+
+
+def test_a_closed_input_ends_the_chat(tmp_path, tiny_vector, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    run_main(evaluation.main, "chat", "--model", TINY, "--vector", tmp_path / "v.safetensors")

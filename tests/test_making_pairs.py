@@ -278,3 +278,13 @@ def test_prompts_that_are_refused(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         read_prompts(tmp_path / name)
+
+
+def test_a_made_pair_without_its_prompt_is_refused(folder, fails):
+    (folder / "q.txt").write_text(QUESTIONS[0])
+    made()
+    file = folder / "out" / "pairs.jsonl"
+    row = json.loads(file.read_text())
+    del row["prompt"]
+    file.write_text(json.dumps(row) + "\n")
+    fails(evaluation.main, command(), "holds other than pairs of these settings")
