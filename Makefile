@@ -19,7 +19,7 @@ demo-vectors: .venv/run
 	$(PY) bipo.py $(DEMO) --out runs/$(BEHAVIOUR)
 	$(PY) bipo.py $(DEMO) --out runs/$(BEHAVIOUR)-gradient --method gradient
 
-# Before you trust it, and after you change it: the tests, in a minute on two cores, and style.
+# Before you trust it, and after you change it: the tests, in a minute and a half on two cores, and style.
 test: .venv/dev
 	$(PY) -m pytest -q tests -m "not slow" -n 2 --dist worksteal
 	.venv/bin/ruff check
