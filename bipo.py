@@ -24,12 +24,10 @@ Everything above the heading "Command line" needs llama.py beside this file and 
 this project, also as modules of a package. The command line needs data.py too. MIT licence.
 """
 
-import hashlib
 import json
 import math
 import os
 import random
-import shlex
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -80,8 +78,7 @@ def response_logps(model, layer, h: Tensor, batch: Batch, steer=None) -> Tensor:
 
     steer: {layer: vector} for blocks above `layer`.
     """
-    n_layers = model.config.n_layers
-    h = model.blocks(h, layer + 1, n_layers, batch.positions, batch.masks, steer=steer)
+    h = model.blocks(h, layer + 1, model.config.n_layers, batch.positions, batch.masks, steer=steer)
     logits = model.head(h[0, batch.predictors])  # (R, vocab_size)
     logps = -F.cross_entropy(logits, batch.targets, reduction="none")  # (R,)
     sums = [response.sum() for response in logps.split(batch.lengths)]
@@ -501,7 +498,7 @@ def read_sets(args, chat, max_seq_len):
 
     training_ids = [ids_of[pair] for pair in training]
     held_out_ids = [ids_of[pair] for pair in held_out]
-    digest = hashlib.sha256(str(training_ids + held_out_ids).encode()).hexdigest()[:12]
+    digest = data.digest(str(training_ids + held_out_ids))
     counts = f"{len(training)} pairs of {args.data}, held out {len(held_out)} {origin}"
     return PairSets(
         training=training_ids,
@@ -716,7 +713,7 @@ def say_what_next(args, setup, layer):
     if len(setup.layers) > 1:
         command += ["--layer", layer]
     command += ["--data", held_out, "--pairs", args.data, "--baseline", "gradient"]
-    print(f"next: {shlex.join(str(word) for word in command)}")
+    data.say_next(command)
 
 
 def cache_pairs(setup):

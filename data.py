@@ -23,6 +23,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -105,10 +106,14 @@ def record_of(pair):
     return {"prompt": prompt, "chosen": pair.chosen, "rejected": pair.rejected}
 
 
+def digest(text, n=12):
+    """The first n characters of the text's SHA-256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:n]
+
+
 def pair_hash(pair):
-    """What tells a pair from others: the beginning of the SHA-256 of its texts."""
-    texts = (pair.prompt, pair.chosen, pair.rejected)
-    return hashlib.sha256(repr(texts).encode()).hexdigest()[:8]
+    """What tells a pair from others, by its texts."""
+    return digest(repr((pair.prompt, pair.chosen, pair.rejected)), 8)
 
 
 def read_pairs(path: str | Path, skip_bad=False) -> list[Pair]:
@@ -961,8 +966,7 @@ def open_chat(path, config: Config, template: str | None = None, system: str | N
     else:
         known = own.source and name.split(" ")[0] == "own"
         require(known, f"no template {name!r} but {TEMPLATE_HELP}")
-        digest = hashlib.sha256(own.source.encode()).hexdigest()[:12]
-        chat = own._replace(template=f"own {digest}")
+        chat = own._replace(template=f"own {digest(own.source)}")
     if system is not None:
         chat = chat._replace(system=system)
 
@@ -1301,6 +1305,11 @@ def clear_line():
     """Take away the line of a Progress, at whose start the terminal's cursor then is."""
     if sys.stdout.isatty():
         print("\x1b[K", end="", flush=True)
+
+
+def say_next(command):
+    """Print a command to go on with, as it can be pasted into a shell."""
+    print(f"next: {shlex.join(str(word) for word in command)}")
 
 
 def duration(seconds):

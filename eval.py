@@ -23,7 +23,6 @@ import itertools
 import json
 import math
 import os
-import shlex
 import statistics
 import sys
 from collections import Counter
@@ -1047,7 +1046,7 @@ def conclude(args, result, files, gaps, multipliers, costs):
             command.append(f"{file}:{factor * m:g}")
         if args.layer is not None:
             command += ["--layer", str(args.layer)]
-        print(f"next: {shlex.join(command)}")
+        data.say_next(command)
 
 
 # ---- chat ----------------------------------------------------------------------------------------
@@ -1310,7 +1309,7 @@ def make_pairs(args):
     data.require(pairs, f"no pairs: {report}")
     print(f"made {report}")
     command = ["python", "bipo.py", "--model", args.model, "--data", str(args.out)]
-    print(f"next: {shlex.join([*command, '--layer', 'all', '--method', 'gradient'])}")
+    data.say_next([*command, "--layer", "all", "--method", "gradient"])
 
 
 # ---- Command line --------------------------------------------------------------------------------
