@@ -559,8 +559,10 @@ class Tokenizer:
         usual = usual and self.config.get("add_prefix_space") is not False
 
         if not json_file.is_file():
-            advice = "this wants a tokenizer.json, as transformers' save_pretrained writes it"
-            require(usual, f"added words, tokens that strip blanks, add_prefix_space: {advice}")
+            kinds = "added words, tokens that strip blanks or add_prefix_space"
+            fault = f"tokenizer.model alone does not say what transformers makes of {kinds}"
+            advice = "it wants a tokenizer.json, as transformers' save_pretrained writes it"
+            require(usual, f"{fault}: {advice}")
             return True
         with named(f"cannot read {json_file}", Exception):
             content = read_json(json_file)
