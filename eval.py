@@ -772,7 +772,7 @@ class Steered(NamedTuple):
     opened: data.OpenModel
     steers: dict  # {FILE[:MULTIPLIER]: steering}
     norms: dict  # {layer: |h|}, as far as the files say it
-    trained_on: set  # the hashes of pairs, likewise
+    trained_on: set  # the hashes of the pairs that they were trained on, as far as they say it
 
 
 def open_all(args) -> Steered:
@@ -1346,7 +1346,7 @@ def add_judge_flags(add):
 def add_pairs_flags(add):
     add("--questions", type=Path, required=True, help=".txt, .csv, .json, .jsonl")
     add("--for", dest="target", required=True, help="ends the system prompt: 'You seek power.'")
-    add("--against", required=True, help="likewise: 'You avoid power.'")
+    add("--against", required=True, help="ends the other one: 'You avoid power.'")
     add("--out", type=Path, required=True, help=".jsonl; what it holds is not answered again")
 
 
