@@ -403,7 +403,7 @@ ACCURACY = "accuracy: the share of held-out pairs that moved in the right direct
 
 def join_torchrun(args):
     """(number of this process, number of processes), which is (0, 1) without torchrun. All
-    processes do the same but for their share of the pairs; the first alone prints, logs, saves."""
+    processes do the same, each for its share of the pairs; the first alone prints, logs, saves."""
     n_processes = int(os.environ.get("WORLD_SIZE", 1))
     if n_processes == 1:
         return 0, 1
@@ -472,7 +472,7 @@ class PairSets(NamedTuple):
     held_out: list[PairIds]
     sources: list[str]  # "file:line" of each training pair
     description: str  # for the vector's metadata
-    hashes: str  # of the training pairs, for the same
+    hashes: str  # of the training pairs, for the metadata too
     split_off: list[dict]  # the records of the held-out pairs, if they are not from --val
 
 
